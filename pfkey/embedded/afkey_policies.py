@@ -1,0 +1,283 @@
+"""Linux's policies: what SPDADD stores, what a reply shows, and when an entry goes (af_key.c, xfrm_policy.c of 6.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import inf
+from typing import TYPE_CHECKING
+
+from ..constants import Action, Direction, Level, Mode, UpperProtocol
+from ..constants import ExtensionType as X
+from ..constants import MessageType as M
+from ..messages import Template
+from .delivery import Receivers
+from .spd import Entry
+from .wire import Endpoint, Limits, Refused, Request, pad8
+
+if TYPE_CHECKING:
+    from .kernel import EmbeddedKernel
+
+__all__ = ["add", "delete", "dump_bodies", "expire", "flush", "get", "pair", "shorten"]
+
+_SEC_CTX = X.SEC_CTX & 0xFF
+_PROTOCOLS = (50, 51, 108, 43, 60)  # ESP, AH, IPComp; with IPv6 routing and destination options headers
+_MODES = (Mode.ANY, Mode.TRANSPORT, Mode.TUNNEL, Mode.BEET)
+_MANUAL_REQIDS = 16383
+
+
+def pair(kernel: EmbeddedKernel, request: Request) -> tuple[Endpoint, Endpoint]:
+    """Source and destination, which must be there and of one family."""
+    if X.ADDRESS_SRC not in request or X.ADDRESS_DST not in request:
+        raise Refused("EINVAL")
+    source = kernel.wire.read_address(request.raw(X.ADDRESS_SRC))[2]
+    destination = kernel.wire.read_address(request.raw(X.ADDRESS_DST))[2]
+    if source is None or destination is None or source.version != destination.version:
+        raise Refused("EINVAL")
+    return _plain(kernel, source), _plain(kernel, destination)
+
+
+def _plain(kernel: EmbeddedKernel, end: Endpoint) -> Endpoint:
+    """Scope and flow information are not kept."""
+    raw = kernel.wire.sockaddr(end.version, end.address, end.port)
+    return end._replace(scope=0, raw=raw)
+
+
+def _entry(kernel: EmbeddedKernel, request: Request) -> tuple[Entry, bytes]:
+    """The policy that the request describes, still without templates, and its raw policy extension."""
+    source, destination = pair(kernel, request)
+    raw = request.raw(X.POLICY)
+    if not raw:
+        raise Refused("EINVAL")
+    action, direction, _, priority = kernel.wire.read_policy(raw)
+    if request.type not in (M.SPDDELETE,) and action > Action.IPSEC:
+        raise Refused("EINVAL")
+    if not Direction.IN <= direction <= Direction.FWD:
+        raise Refused("EINVAL")
+    # Both addresses say a protocol; the destination's is the one that counts.
+    protocol, destination_prefix, _ = kernel.wire.read_address(request.raw(X.ADDRESS_DST))
+    _, source_prefix, _ = kernel.wire.read_address(request.raw(X.ADDRESS_SRC))
+    protocol = protocol or UpperProtocol.ANY
+    entry = Entry(
+        direction=direction,
+        source=source,
+        source_prefix=source_prefix,
+        destination=destination,
+        destination_prefix=destination_prefix,
+        protocol=protocol,
+        any_protocol=protocol == UpperProtocol.ANY,
+        action=Action.DISCARD if action == Action.DISCARD else Action.NONE,
+        priority=priority,
+        templates=(),
+        created=kernel.now(),
+        hard=_limits(kernel, request, X.LIFETIME_HARD),
+        soft=_limits(kernel, request, X.LIFETIME_SOFT),
+        context=request.raw(_SEC_CTX),
+    )
+    return entry, raw
+
+
+def _limits(kernel: EmbeddedKernel, request: Request, kind: int) -> Limits | None:
+    return kernel.wire.read_lifetime(request.raw(kind)) if kind in request else None
+
+
+def _read_templates(kernel: EmbeddedKernel, entry: Entry, raw: bytes) -> None:
+    """The ipsecrequests behind sadb_x_policy; less than one of them at the end is overlooked."""
+    wire, offset = kernel.wire, 16
+    templates: list[Template] = []
+    while len(raw) - offset >= 16:
+        size = wire.u16.unpack_from(raw, offset)[0]
+        if not 16 <= size <= len(raw) - offset:
+            raise Refused("EINVAL")
+        if len(templates) >= kernel.profile.templates_maximum:
+            raise Refused("ELOOP")
+        templates.append(_read_template(kernel, entry, raw[offset : offset + size]))
+        offset += size
+    entry.templates = tuple(templates)
+    if templates:
+        entry.action = Action.IPSEC  # without any it is stored, and shown, as NONE
+
+
+def _read_template(kernel: EmbeddedKernel, entry: Entry, raw: bytes) -> Template:
+    _, protocol, mode, level, reqid = kernel.wire.read_request(raw, 0)
+    protocol &= 0xFF
+    if mode == Mode.ANY or protocol not in _PROTOCOLS or mode not in _MODES:
+        raise Refused("EINVAL")
+    if level == Level.USE and mode in (Mode.TUNNEL, Mode.BEET) and entry.direction == Direction.OUT:
+        raise Refused("EINVAL")
+    if level == Level.UNIQUE:
+        reqid = reqid if 0 < reqid <= _MANUAL_REQIDS else _new_reqid(kernel)
+    else:
+        reqid, level = 0, Level.USE if level == Level.USE else Level.REQUIRE
+    if mode != Mode.TUNNEL:
+        return Template(protocol, Mode(mode), None, None, reqid, Level(level))
+    source = kernel.wire.endpoint(raw[16:])
+    if source is None or len(raw) - 16 < len(pad8(bytes(2 * len(source.raw)))):
+        raise Refused("EINVAL")
+    destination = kernel.wire.endpoint(raw[16 + len(source.raw) :])
+    if destination is None or destination.version != source.version:
+        raise Refused("EINVAL")
+    return Template(protocol, Mode.TUNNEL, source.ip, destination.ip, reqid, Level(level))
+
+
+def _new_reqid(kernel: EmbeddedKernel) -> int:
+    """The next number that no policy uses."""
+    taken = {template.reqid for entry in kernel.spd for template in entry.templates}
+    kernel.reqids = max(kernel.reqids + 1, kernel.profile.first_reqid)
+    while kernel.reqids in taken:
+        kernel.reqids += 1
+    return kernel.reqids
+
+
+def _write_templates(kernel: EmbeddedKernel, entry: Entry) -> None:
+    """What replies show.  The length in the header goes wrong when a tunnel of the other family comes before a
+    transport template: the kernel allots the latter room for one family and takes back that of the other."""
+    wire, body, last = kernel.wire, b"", len(entry.source.raw)
+    for template in entry.templates:
+        ends = b""
+        if template.source is not None and template.destination is not None:
+            last = len(wire.sockaddr(template.source.version, 0))
+            ends = wire.sockaddr(template.source.version, int(template.source))
+            ends += wire.sockaddr(template.destination.version, int(template.destination))
+        else:
+            entry.length_error += 2 * (last - len(entry.source.raw))
+        head = wire.request(16 + len(ends), template.protocol, template.mode, template.level, template.reqid)
+        body += head + ends
+    entry.requests = body
+
+
+def _new_id(kernel: EmbeddedKernel, direction: int) -> int:
+    """(8 * n) | direction - 1, never 0 and never one in use (xfrm_gen_index)."""
+    while True:
+        number = (kernel.policy_ids | direction - 1) or 8
+        kernel.policy_ids = kernel.policy_ids + 8 & 0xFFFFFFFF
+        if kernel.spd.by_id(number) is None:
+            return number
+
+
+def _body(kernel: EmbeddedKernel, entry: Entry) -> bytes:
+    if entry.body is None:
+        wire = kernel.wire
+        current = Limits(0, 0, int(entry.created), int(entry.used))
+        entry.body = (
+            wire.address(X.ADDRESS_SRC, entry.source.raw, entry.protocol, entry.source_prefix)
+            + wire.address(X.ADDRESS_DST, entry.destination.raw, entry.protocol, entry.destination_prefix)
+            + wire.lifetime(X.LIFETIME_HARD, entry.hard or Limits())
+            + wire.lifetime(X.LIFETIME_SOFT, entry.soft or Limits())
+            + wire.lifetime(X.LIFETIME_CURRENT, current)
+            + wire.policy(entry.action, entry.direction, 0, entry.id, entry.priority, entry.requests)
+            + entry.context
+        )
+    return entry.body
+
+
+def shorten(kernel: EmbeddedKernel, message: bytes, short: int) -> bytes:
+    """The message with a sadb_msg_len that is `short` bytes too small."""
+    words = (len(message) - short) // 8 & 0xFFFF
+    return message[:4] + kernel.wire.u16.pack(words) + message[6:]
+
+
+def _timer_runs(entry: Entry, now: float) -> bool:
+    """A timer holds a reference: for the first second always, afterwards while the policy can expire."""
+    limits = [limit for limit in (entry.hard, entry.soft) if limit]
+    return now - entry.created < 1 or any(limit.addtime or limit.usetime for limit in limits)
+
+
+def _answer(kernel: EmbeddedKernel, request: Request, kind: int, entry: Entry, references: int) -> bytes:
+    message = kernel.wire.message(kind, 0, request.seq, request.pid, references, _body(kernel, entry))
+    return shorten(kernel, message, entry.length_error) if entry.length_error else message
+
+
+def add(kernel: EmbeddedKernel, request: Request) -> None:
+    """SPDADD, SPDSETIDX (the same) and SPDUPDATE, which adds where nothing is to be replaced."""
+    entry, raw = _entry(kernel, request)
+    if kernel.wire.read_policy(raw)[0] == Action.IPSEC:
+        _read_templates(kernel, entry, raw)
+    _write_templates(kernel, entry)
+    old = kernel.spd.find(entry.identity)
+    if old is None:
+        entry.id = _new_id(kernel, entry.direction)
+        kernel.spd.link(entry)
+        kernel.step("inserted")
+    elif request.type == M.SPDUPDATE:
+        entry.id = old.id
+        kernel.spd.replace(old, entry)
+        kernel.step("replaced")
+    else:
+        raise Refused("EEXIST")
+    for limit in (entry.hard, entry.soft):
+        if limit and (limit.addtime or limit.usetime):
+            kernel.schedule(entry.created)
+    kind = M.SPDUPDATE if request.type == M.SPDUPDATE else M.SPDADD
+    kernel.broadcast(_answer(kernel, request, kind, entry, 3), Receivers.ALL)
+
+
+def delete(kernel: EmbeddedKernel, request: Request) -> None:
+    """SPDDELETE: by selector and direction."""
+    wanted, _ = _entry(kernel, request)
+    entry = kernel.spd.find(wanted.identity)
+    if entry is None:
+        raise Refused("ENOENT")
+    _remove(kernel, entry, "deleted")
+    kernel.broadcast(_answer(kernel, request, M.SPDDELETE, entry, 1), Receivers.ALL)
+
+
+def get(kernel: EmbeddedKernel, request: Request) -> None:
+    """SPDGET and SPDDELETE2: by id."""
+    raw = request.raw(X.POLICY)
+    if not raw:
+        raise Refused("EINVAL")
+    id = kernel.wire.read_policy(raw)[2]
+    if id & 7 >= Direction.FWD:
+        raise Refused("EINVAL")
+    entry = kernel.spd.by_id(id)
+    if entry is None:
+        raise Refused("ENOENT")
+    if request.type == M.SPDGET:
+        references = 2 + _timer_runs(entry, kernel.now())
+        answer = _answer(kernel, request, M.SPDGET, entry, references)
+        kernel.broadcast(answer, Receivers.SENDER, request.channel)
+        return
+    _remove(kernel, entry, "deleted")
+    kernel.broadcast(_answer(kernel, request, M.SPDDELETE2, entry, 1), Receivers.ALL)
+
+
+def flush(kernel: EmbeddedKernel, request: Request) -> None:
+    """SPDFLUSH: the sender hears of it once, and once more with everybody else when there was something to flush."""
+    entries = list(kernel.spd)
+    for entry in entries:
+        _remove(kernel, entry, "flushed")
+    answer = kernel.wire.message(request.type, request.satype, request.seq, request.pid, 0, b"")
+    kernel.broadcast(answer, Receivers.SENDER, request.channel)
+    if entries:
+        notice = kernel.wire.message(request.type, 0, request.seq, request.pid, 0, b"")
+        kernel.broadcast(notice, Receivers.ALL)
+
+
+def _remove(kernel: EmbeddedKernel, entry: Entry, step: str) -> None:
+    kernel.spd.unlink(entry)
+    kernel.step(step)
+
+
+def dump_bodies(kernel: EmbeddedKernel) -> Iterator[tuple[int, int, bytes, int]]:
+    """What stood in the database when the dump began, without what was deleted or replaced since."""
+    for entry in kernel.spd.newest_first():
+        if not entry.dead:
+            yield 0, 1 + _timer_runs(entry, kernel.now()), _body(kernel, entry), entry.length_error
+
+
+def expire(kernel: EmbeddedKernel, now: float) -> float:
+    """Remove policies past a hard limit, in silence (af_key tells nobody); when the next one is due."""
+    following = inf
+    for entry in list(kernel.spd):
+        if entry.hard is None:
+            continue
+        due = inf
+        if entry.hard.addtime:
+            due = entry.created + entry.hard.addtime
+        if entry.hard.usetime:
+            due = min(due, (entry.used or entry.created) + entry.hard.usetime)
+        if due <= now:
+            _remove(kernel, entry, "expired")
+        else:
+            following = min(following, due)
+    return following

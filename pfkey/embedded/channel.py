@@ -1,0 +1,188 @@
+"""One connection to an embedded kernel: its receive buffer, filled and drained by the rules of its system."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from threading import Condition
+from typing import TYPE_CHECKING, Self
+
+from ..abi import Abi
+from ..errors import ChannelClosed
+from .profiles import Dialect
+
+if TYPE_CHECKING:
+    from .kernel import EmbeddedKernel
+
+__all__ = ["EmbeddedChannel", "kernel_failure"]
+
+
+def kernel_failure(name: str, abi: Abi, text: str = "") -> OSError:
+    """What a failing system call raises: `errno` is this host's number for the error, `kernel_errno` that system's.
+
+    The error's name is in `name`.
+    """
+    number = abi.error_numbers.get(name, 0)
+    error = OSError(getattr(errno, name, number), text or f"{name} from the embedded {abi}")
+    error.name = name  # type: ignore[attr-defined]
+    error.kernel_errno = number  # type: ignore[attr-defined]
+    return error
+
+
+def _linux_cost(length: int) -> int:
+    """What one message takes of a Linux receive buffer: its truesize, 768 for a header and 1280 for an SA or policy."""
+    data = (length + 16 + 63) // 64 * 64 + 320
+    bucket = 512
+    while bucket < data:
+        bucket *= 2
+    return 256 + bucket
+
+
+def _kame_mbufs(length: int) -> int:
+    """The memory of a message's mbufs on FreeBSD: 168 bytes fit the first, 224 each further one, one for the address."""
+    return 256 * (2 + max(0, -(-(length - 168) // 224)))
+
+
+class EmbeddedChannel:
+    """A PF_KEY socket without a file descriptor: whole messages in, whole messages out.  Made by `connect()`."""
+
+    def __init__(self, kernel: EmbeddedKernel) -> None:
+        self._kernel = kernel
+        self._arrived = Condition(kernel.lock)
+        self._queue: deque[tuple[bytes, int]] = deque()
+        self._linux = kernel.profile.dialect is Dialect.AF_KEY
+        self._size = kernel.profile.receive_buffer
+        self._used = 0
+        self._mbufs = 0
+        self._closed = False
+        self.registered: set[int] = set()
+        """The SA types it registered for."""
+        self.promiscuous = False
+        self.dropped = 0
+        """Messages lost because the receive buffer was full."""
+        self.dump: Iterator[bytes] | None = None
+        """A dump that waits for room (Linux); only the kernel's code touches it."""
+
+    @property
+    def abi(self) -> Abi:
+        """The system that answers here."""
+        return self._kernel.abi
+
+    def send(self, data: bytes) -> None:
+        """Hand one message to the kernel, which has done the work when this returns.
+
+        Raises OSError where the system call of that kernel fails (`errno` is the host's number of the error, `name` its
+        name, `kernel_errno` that kernel's number), ChannelClosed after close().
+        """
+        with self._kernel.lock:
+            self._check()
+            self._kernel.submit(self, bytes(data))
+
+    def send_many(self, messages: Sequence[bytes]) -> int:
+        """Hand over several messages; how many the kernel took.  Raises only what the first one raises."""
+        with self._kernel.lock:
+            for count, data in enumerate(messages):
+                try:
+                    self.send(data)
+                except OSError:
+                    if not count:
+                        raise
+                    return count
+        return len(messages)
+
+    def receive(self, timeout: float | None = None) -> bytes | None:
+        """The next message, None when none arrives within `timeout` seconds (None: wait for ever)."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._kernel.lock:
+            self._kernel.run_timers()
+            while not self._queue:
+                self._check()
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    return None
+                self._arrived.wait(self._kernel.patience(left))
+                self._kernel.run_timers()
+            return self._take()
+
+    def receive_many(self, limit: int, timeout: float | None = None) -> list[bytes]:
+        """Up to `limit` messages: waits for the first one only."""
+        with self._kernel.lock:
+            first = self.receive(timeout)
+            messages = [] if first is None else [first]
+            while messages and self._queue and len(messages) < limit:
+                messages.append(self._take())
+            return messages
+
+    def fileno(self) -> int:
+        """-1: there is no file descriptor."""
+        return -1
+
+    def close(self) -> None:
+        """Leave: what is queued is lost, whoever waits in receive() gets ChannelClosed."""
+        with self._kernel.lock:
+            if not self._closed:
+                self._closed = True
+                self._queue.clear()
+                self.dump = None
+                self._kernel.forget(self)
+                self._arrived.notify_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def set_receive_buffer(self, size: int) -> int:
+        """SO_RCVBUF (on Linux SO_RCVBUFFORCE, which doubles it); returns what getsockopt() would say afterwards.
+
+        Raises OSError (ENOBUFS) above the system's limit.
+        """
+        with self._kernel.lock:
+            if size > self._kernel.profile.receive_buffer_limit:
+                raise kernel_failure(
+                    "ENOBUFS", self.abi, f"a receive buffer of {size} bytes is over the system's limit"
+                )
+            self._size = max(2 * size, 2304) if self._linux else size
+            return self._size
+
+    # For the kernel, under its lock.
+
+    def queue(self, message: bytes) -> bool:
+        """Put a message into the receive buffer; False, and the message is lost, when it does not fit."""
+        if self._closed:
+            return False
+        if self._linux:
+            # Linux looks before it counts: the message that crosses the limit still gets in.
+            cost, fits = _linux_cost(len(message)), self._used <= self._size
+        else:
+            # The sender's address is two bytes; mbufs may take eight times the size.
+            cost, mbufs = len(message) + 2, _kame_mbufs(len(message))
+            fits = self._used + cost <= self._size and self._mbufs + mbufs <= 8 * self._size
+            self._mbufs += mbufs if fits else 0
+        if not fits:
+            self.dropped += 1
+            return False
+        self._used += cost
+        self._queue.append((message, cost))
+        self._arrived.notify_all()
+        return True
+
+    def dump_may_go_on(self) -> bool:
+        """Linux fills two thirds of the buffer with a dump, then waits for the reader."""
+        return 3 * self._used <= 2 * self._size
+
+    def _take(self) -> bytes:
+        message, cost = self._queue.popleft()
+        if self._linux and self.dump is not None and 3 * self._used <= self._size:
+            self._kernel.resume_dump(self)
+        self._used -= cost
+        if not self._linux:
+            self._mbufs -= _kame_mbufs(len(message))
+        return message
+
+    def _check(self) -> None:
+        if self._closed:
+            raise ChannelClosed(f"this connection to the embedded {self.abi} kernel was closed")

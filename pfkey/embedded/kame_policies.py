@@ -1,0 +1,301 @@
+"""FreeBSD's policies: what SPDADD stores, when SPDUPDATE unlinks, what a reply and a dump show (key.c of 12.1 to 14.3)."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import TYPE_CHECKING
+
+from ..constants import Action, Direction, Level, Mode, PolicyScope, SAProtocol, UpperProtocol
+from ..constants import ExtensionType as X
+from ..constants import MessageType as M
+from ..messages import Template
+from .delivery import Receivers
+from .profiles import Update
+from .spd import Entry
+from .wire import HEADER_SIZE, Endpoint, Limits, Refused, Request, pad8
+
+if TYPE_CHECKING:
+    from .kernel import EmbeddedKernel
+
+__all__ = ["add", "delete", "delete_by_id", "dump", "ends", "expire", "flush", "gather", "get"]
+
+_PROTOCOLS = (SAProtocol.ESP, SAProtocol.AH, SAProtocol.IPCOMP)
+_TYPES = (Action.DISCARD, Action.NONE, Action.IPSEC)
+_DIRECTIONS = (Direction.IN, Direction.OUT)
+_MANUAL_REQIDS = 16383
+
+
+def ends(kernel: EmbeddedKernel, request: Request) -> tuple[Endpoint, Endpoint]:
+    """Source and destination; EINVAL when one is missing."""
+    if X.ADDRESS_SRC not in request or X.ADDRESS_DST not in request:
+        raise Refused("EINVAL")
+    source = kernel.wire.read_address(request.raw(X.ADDRESS_SRC))[2]
+    destination = kernel.wire.read_address(request.raw(X.ADDRESS_DST))[2]
+    if source is None or destination is None:
+        raise Refused("EINVAL")
+    return source, destination
+
+
+def gather(kernel: EmbeddedKernel, request: Request, *kinds: int) -> bytes:
+    """A reply made of the request's own header and extensions, in this order, as the handler left them."""
+    body = b"".join(request.raw(kind & 0xFF) for kind in kinds)
+    return kernel.wire.message(request.type, request.satype, request.seq, request.pid, request.reserved, body)
+
+
+def tell(kernel: EmbeddedKernel, request: Request, message: bytes, receivers: Receivers) -> None:
+    """Send the answer; one that does not fit the sender's buffer makes send() fail afterwards."""
+    request.overflowed |= not kernel.broadcast(message, receivers, request.channel)
+
+
+def _policy_extension(kernel: EmbeddedKernel, request: Request) -> bytes:
+    if X.POLICY not in request:
+        raise Refused("EINVAL")
+    return request.raw(X.POLICY)
+
+
+def _entry(kernel: EmbeddedKernel, request: Request, *, adding: bool) -> Entry:
+    """The policy that the request describes, without templates; what is wrong here is found before any look-up."""
+    source, destination = ends(kernel, request)
+    raw = _policy_extension(kernel, request)
+    action, direction, _, priority = kernel.wire.read_policy(raw)
+    if direction not in _DIRECTIONS or action not in _TYPES:
+        raise Refused("EINVAL")
+    if adding and action == Action.IPSEC and len(raw) <= 16:
+        raise Refused("EINVAL")
+    protocol, source_prefix, _ = kernel.wire.read_address(request.raw(X.ADDRESS_SRC))
+    _, destination_prefix, _ = kernel.wire.read_address(request.raw(X.ADDRESS_DST))
+    hard = kernel.wire.read_lifetime(request.raw(X.LIFETIME_HARD)) if X.LIFETIME_HARD in request else None
+    now = kernel.now()
+    return Entry(
+        direction=direction,
+        source=source,
+        source_prefix=source_prefix,
+        destination=destination,
+        destination_prefix=destination_prefix,
+        protocol=protocol,
+        any_protocol=protocol == UpperProtocol.ANY,
+        action=action,
+        priority=priority,
+        templates=(),
+        created=now,
+        hard=Limits(addtime=hard.addtime, usetime=hard.usetime) if hard else None,
+        soft=None,
+        used=now,
+    )
+
+
+def _read_templates(kernel: EmbeddedKernel, request: Request, entry: Entry) -> None:
+    """key_msg2sp: what is wrong here is found after an update has given up the old policy.
+
+    The reqid that the kernel chose is written into the request, and so into the reply, or into the echo of an error.
+    """
+    start, length = request.extensions[X.POLICY]
+    offset, end, written = start + 16, start + length, b""
+    templates: list[Template] = []
+    while offset < end:
+        size = kernel.wire.u16.unpack_from(request.data, offset)[0]
+        if not 8 <= size <= end - offset or len(templates) >= kernel.profile.templates_maximum:
+            raise Refused("EINVAL")
+        template, shown = _read_template(kernel, request, offset, size)
+        templates.append(template)
+        written += shown
+        offset += size
+    entry.templates, entry.requests = tuple(templates), written
+
+
+def _read_template(kernel: EmbeddedKernel, request: Request, offset: int, size: int) -> tuple[Template, bytes]:
+    wire, data = kernel.wire, request.data
+    _, protocol, mode, level, reqid = wire.read_request(data, offset)
+    if protocol not in _PROTOCOLS:
+        raise Refused("EPROTONOSUPPORT")
+    if mode not in (Mode.TRANSPORT, Mode.TUNNEL) or level not in Level._value2member_map_:
+        raise Refused("EINVAL")
+    if level != Level.UNIQUE:
+        reqid = 0  # kept in the reply, gone from the policy
+    elif not 0 < reqid <= _MANUAL_REQIDS:
+        reqid = _new_reqid(kernel)
+        wire.u16.pack_into(data, offset + 6, reqid)
+    addresses = bytes(data[offset + 8 : offset + size])
+    if mode == Mode.TRANSPORT:
+        if addresses:
+            raise Refused("EINVAL")
+        return Template(SAProtocol(protocol), Mode.TRANSPORT, None, None, reqid, Level(level)), wire.request(
+            8, protocol, mode, level, reqid
+        )
+    source, destination = _tunnel_ends(kernel, addresses)
+    both = source.raw + destination.raw
+    shown = wire.request(8 + len(pad8(both)), protocol, mode, level, reqid) + pad8(both)
+    return Template(SAProtocol(protocol), Mode.TUNNEL, source.ip, destination.ip, reqid, Level(level)), shown
+
+
+def _tunnel_ends(kernel: EmbeddedKernel, addresses: bytes) -> tuple[Endpoint, Endpoint]:
+    """Two sockaddrs back to back, of one family and length."""
+    if len(addresses) < 16 or len(addresses) < 2 * addresses[0]:
+        raise Refused("EINVAL")
+    source = kernel.wire.endpoint(addresses)
+    if source is None or addresses[0] != len(source.raw):
+        raise Refused("EINVAL")
+    rest = addresses[addresses[0] :]
+    destination = kernel.wire.endpoint(rest)
+    if destination is None or rest[:2] != addresses[:2]:
+        raise Refused("EINVAL")
+    return source, destination
+
+
+def _new_reqid(kernel: EmbeddedKernel) -> int:
+    """A counter of 16 bits."""
+    kernel.reqids += 1
+    if not kernel.profile.first_reqid <= kernel.reqids <= 0xFFFF:
+        kernel.reqids = kernel.profile.first_reqid
+    return kernel.reqids
+
+
+def _new_id(kernel: EmbeddedKernel) -> int:
+    """The next number from 1 on that no policy has."""
+    while True:
+        kernel.policy_ids = kernel.policy_ids % 0xFFFFFFFF + 1
+        if kernel.spd.by_id(kernel.policy_ids) is None:
+            return kernel.policy_ids
+
+
+def add(kernel: EmbeddedKernel, request: Request) -> None:
+    """SPDADD, SPDSETIDX (the same) and SPDUPDATE, which adds where nothing is to be replaced."""
+    entry = _entry(kernel, request, adding=True)
+    old = kernel.spd.find(entry.identity)
+    if old is not None and request.type != M.SPDUPDATE:
+        raise Refused("EEXIST")
+    unlink_first = kernel.profile.update is Update.UNLINK_FIRST
+    if old is not None and unlink_first:
+        _unlink(kernel, old, "unlinked")
+        kernel.stop_after_unlink()
+    try:
+        if entry.action == Action.IPSEC:
+            _read_templates(kernel, request, entry)
+        if old is not None and not unlink_first:
+            kernel.stop_after_unlink()
+    except Refused:
+        # FreeBSD 14 looks at the new policy first, and removes the old one all the same.
+        if old is not None and not old.dead:
+            _unlink(kernel, old, "unlinked")
+        raise
+    entry.id = _new_id(kernel)
+    if old is None or unlink_first:
+        kernel.spd.link(entry)
+        kernel.step("inserted")
+    else:
+        _swap(kernel, old, entry)
+    if entry.hard and (entry.hard.addtime or entry.hard.usetime):
+        kernel.schedule(entry.created)
+    start, _ = request.extensions[X.POLICY]
+    kernel.wire.u32.pack_into(request.data, start + 8, entry.id)
+    answer = gather(kernel, request, X.POLICY, X.LIFETIME_HARD, X.ADDRESS_SRC, X.ADDRESS_DST)
+    tell(kernel, request, answer, Receivers.ALL)
+
+
+def _swap(kernel: EmbeddedKernel, old: Entry, new: Entry) -> None:
+    """Detach and insert under one lock.  Whoever looks a policy up waits for it; whether the direction has any policy
+    at all is asked without the lock, so an update of the only one can be caught in between."""
+    kernel.spd.unlink(old)
+    if kernel.profile.sole_policy_glimpse and not kernel.spd.in_order(old.direction):
+        kernel.step("detached")
+    kernel.spd.link(new)
+    kernel.step("swapped")
+
+
+def _unlink(kernel: EmbeddedKernel, entry: Entry, step: str) -> None:
+    kernel.spd.unlink(entry)
+    kernel.step(step)
+
+
+def delete(kernel: EmbeddedKernel, request: Request) -> None:
+    """SPDDELETE: by selector and direction; the reply is the request with the id filled in."""
+    entry = kernel.spd.find(_entry(kernel, request, adding=False).identity)
+    if entry is None:
+        raise Refused("EINVAL")
+    start, _ = request.extensions[X.POLICY]
+    kernel.wire.u32.pack_into(request.data, start + 8, entry.id)
+    _unlink(kernel, entry, "deleted")
+    tell(kernel, request, gather(kernel, request, X.POLICY, X.ADDRESS_SRC, X.ADDRESS_DST), Receivers.ALL)
+
+
+def delete_by_id(kernel: EmbeddedKernel, request: Request) -> None:
+    """SPDDELETE2."""
+    entry = kernel.spd.by_id(kernel.wire.read_policy(_policy_extension(kernel, request))[2])
+    if entry is None:
+        raise Refused("EINVAL")
+    _unlink(kernel, entry, "deleted")
+    tell(kernel, request, gather(kernel, request, X.POLICY), Receivers.ALL)
+
+
+def get(kernel: EmbeddedKernel, request: Request) -> None:
+    """SPDGET: by id, to the sender."""
+    entry = kernel.spd.by_id(kernel.wire.read_policy(_policy_extension(kernel, request))[2])
+    if entry is None:
+        raise Refused("ENOENT")
+    answer = kernel.wire.message(M.SPDGET, 0, request.seq, request.pid, 2, _body(kernel, entry))
+    tell(kernel, request, answer, Receivers.SENDER)
+
+
+def _body(kernel: EmbeddedKernel, entry: Entry) -> bytes:
+    """Addresses and policy as stored, sockaddrs byte by byte as they were given; times only with a hard lifetime."""
+    if entry.body is None:
+        wire, addresses = kernel.wire, _addresses(kernel, entry)
+        entry.body = addresses + _shown_policy(kernel, entry)
+        if entry.hard and entry.hard.addtime:
+            current = Limits(0, 0, int(entry.created), int(entry.used))
+            entry.body += wire.lifetime(X.LIFETIME_CURRENT, current) + wire.lifetime(X.LIFETIME_HARD, entry.hard)
+    return entry.body
+
+
+def _addresses(kernel: EmbeddedKernel, entry: Entry) -> bytes:
+    wire = kernel.wire
+    source = wire.address(X.ADDRESS_SRC, entry.source.raw, entry.protocol, entry.source_prefix)
+    return source + wire.address(X.ADDRESS_DST, entry.destination.raw, entry.protocol, entry.destination_prefix)
+
+
+def _shown_policy(kernel: EmbeddedKernel, entry: Entry) -> bytes:
+    return kernel.wire.policy(
+        entry.action, entry.direction, PolicyScope.GLOBAL, entry.id, entry.priority, entry.requests
+    )
+
+
+def dump(kernel: EmbeddedKernel, request: Request) -> None:
+    """SPDDUMP: inbound, then outbound, counting down to 0; what does not fit the buffer is lost in silence."""
+    entries = [entry for direction in _DIRECTIONS for entry in kernel.spd.in_order(direction)]
+    if not entries or not (request.satype == PolicyScope.ANY or request.satype & PolicyScope.GLOBAL):
+        raise Refused("ENOENT")
+    for left, entry in zip(range(len(entries) - 1, -1, -1), entries, strict=True):
+        part = kernel.wire.message(M.SPDDUMP, 0, left, request.pid, 1, _body(kernel, entry))
+        kernel.broadcast(part, Receivers.SENDER, request.channel)
+
+
+def flush(kernel: EmbeddedKernel, request: Request) -> None:
+    """SPDFLUSH, which must be a bare header."""
+    if len(request.data) != HEADER_SIZE:
+        raise Refused("EINVAL")
+    for entry in list(kernel.spd):
+        _unlink(kernel, entry, "flushed")
+    tell(kernel, request, gather(kernel, request), Receivers.ALL)
+
+
+def expire(kernel: EmbeddedKernel, now: float) -> float:
+    """Remove what is older than its hard lifetime or idle for longer; SPDEXPIRE to those who registered."""
+    following = inf
+    for entry in list(kernel.spd):
+        if entry.hard is None:
+            continue
+        due = min(
+            entry.created + (entry.hard.addtime or inf),
+            entry.used + (entry.hard.usetime or inf),
+        )
+        if now > due:
+            _unlink(kernel, entry, "expired")
+            wire = kernel.wire
+            body = wire.lifetime(X.LIFETIME_CURRENT, Limits(0, 0, int(entry.created), int(entry.used)))
+            body += wire.lifetime(X.LIFETIME_HARD, entry.hard) + _addresses(kernel, entry)
+            body += _shown_policy(kernel, entry)
+            kernel.broadcast(wire.message(M.SPDEXPIRE, 0, 0, 0, 1, body), Receivers.REGISTERED)
+        else:
+            # Looked at once a second, and only what is older than its limit goes.
+            following = min(following, due + 1)
+    return following

@@ -1,0 +1,280 @@
+"""The kernel itself: connections, who receives what, time, faults, and what a test may look at."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from math import inf
+from threading import RLock
+
+from ..abi import Abi
+from ..constants import Direction, MessageType, PolicyScope
+from ..messages import AddressLike, Policy, SecurityAssociation, Selector
+from . import afkey, kame
+from .channel import EmbeddedChannel, kernel_failure
+from .delivery import Receivers
+from .faults import Fault, When, error_name
+from .probe import Probe
+from .profiles import Dialect, Profile, Update, profile
+from .sad import AssociationDatabase
+from .spd import PolicyDatabase
+from .traffic import Passage, make_packet, send_packet
+from .wire import Refused, SendFailed, wire_for
+
+__all__ = ["EmbeddedKernel"]
+
+_DIALECTS = {Dialect.AF_KEY: afkey, Dialect.KAME: kame}
+
+
+class EmbeddedKernel:
+    """An SAD and an SPD in this process, spoken to in the PF_KEY bytes of a real system: "linux", "freebsd-13", ...
+
+    `connect()` gives a connection, any number of them, from any thread.  `clock` tells the time in seconds since the
+    epoch; `advance()` moves it on.  `choose_spi` picks an SPI from a range (default: at random).
+
+    `on_step` holds callables that get the name of a step and this kernel at every change of the SPD that a packet could
+    notice, in the middle of an update too.  They run under the kernel's lock: they may look, and send nothing.
+    """
+
+    def __init__(
+        self,
+        profile_name: str | Profile = "linux",
+        *,
+        clock: Callable[[], float] = time.time,
+        choose_spi: Callable[[int, int], int] = random.randint,
+    ) -> None:
+        self.profile = profile(profile_name)
+        self.choose_spi = choose_spi
+        self.lock = RLock()
+        self.on_step: list[Callable[[str, EmbeddedKernel], None]] = []
+        self.wire = wire_for(self.profile.abi)
+        self.spd = PolicyDatabase(self.profile)
+        self.dialect = _DIALECTS[self.profile.dialect]
+        self.sad = AssociationDatabase(self.dialect.association_key)
+        self.channels: list[EmbeddedChannel] = []
+        self.acquires: dict[tuple[object, ...], list[float]] = {}
+        """FreeBSD: which packets asked for an SA -> [seq, packets since, when]."""
+        self.policy_ids = 0
+        self.reqids = 0
+        self.acquire_seq = 0
+        self._clock = clock
+        self._offset = 0.0
+        self._deadline = inf
+        self._faults: list[Fault] = []
+        self._muted: EmbeddedChannel | None = None
+        self._late: list[tuple[EmbeddedChannel, bytes]] = []
+        self._holds = False
+
+    @property
+    def abi(self) -> Abi:
+        """The system that this kernel behaves like."""
+        return self.profile.abi
+
+    def __repr__(self) -> str:
+        return f"<EmbeddedKernel {self.profile.name}: {len(self.spd)} policies, {len(self.sad)} SAs>"
+
+    # What people use.
+
+    def connect(self) -> EmbeddedChannel:
+        """A new connection, like a new PF_KEY socket."""
+        with self.lock:
+            channel = EmbeddedChannel(self)
+            self.channels.append(channel)
+            return channel
+
+    def policies(self, direction: Direction | int | None = None) -> list[Policy]:
+        """The live policies of a direction in match order; of all directions one after the other."""
+        with self.lock:
+            directions = list(Direction) if direction is None else [Direction(direction)]
+            return [entry.policy(self.scope) for one in directions for entry in self.spd.in_order(one)]
+
+    def associations(self) -> list[SecurityAssociation]:
+        """The SAs, larval ones included, oldest first."""
+        with self.lock:
+            return [association.show(self.abi) for association in self.sad]
+
+    def lookup(
+        self,
+        direction: Direction | int,
+        source: AddressLike,
+        destination: AddressLike,
+        *,
+        protocol: int | None = None,
+        ports: tuple[int, int] = (0, 0),
+        scope: int = 0,
+    ) -> Policy | None:
+        """The policy that a packet meets first; None where it would go by the default policy, in clear.
+
+        `protocol` None is a packet of a protocol that no policy names; for ICMP the ports are type and code.
+        """
+        packet = make_packet(self.profile, source, destination, protocol, ports, scope)
+        with self.lock:
+            self.run_timers()
+            entry = self.spd.match(direction, packet)
+            return entry.policy(self.scope) if entry else None
+
+    def packet(
+        self,
+        direction: Direction | int,
+        source: AddressLike,
+        destination: AddressLike,
+        *,
+        protocol: int | None = None,
+        ports: tuple[int, int] = (0, 0),
+        scope: int = 0,
+        size: int = 100,
+    ) -> Passage:
+        """Send (or receive, or forward) a plaintext packet of `size` bytes: what becomes of it, ACQUIRE included."""
+        packet = make_packet(self.profile, source, destination, protocol, ports, scope)
+        with self.lock:
+            self.run_timers()
+            return send_packet(self, Direction(direction), packet, size)
+
+    def probe(
+        self,
+        direction: Direction | int,
+        source: AddressLike | Selector,
+        destination: AddressLike | None = None,
+        *,
+        protocol: int | None = None,
+        ports: tuple[int, int] = (0, 0),
+    ) -> Probe:
+        """A watch on what one packet would meet at every step: `with kernel.probe(...) as probe`."""
+        return Probe(self, direction, source, destination, protocol=protocol, ports=ports)
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass: policies and SAs expire, and those who registered hear of it."""
+        with self.lock:
+            self._offset += seconds
+            self.run_timers()
+
+    def fail_next(
+        self, type: MessageType | int | None, error: int | str = "ENOBUFS", when: str | When = When.BEFORE
+    ) -> None:
+        """Let the next message of `type` (None: of any) go wrong; several faults queue up.
+
+        `error` is a name, or a number of this host's errno module.  `when`: "before" the work, in the reply; "send",
+        before the work, from send(); "unlinked", in the reply of an SPDUPDATE that has unlinked the old policy (raises
+        ValueError on a kernel that cannot stop there); "after" the work, from send(), the reply lost; "lost", the work
+        done and the reply lost without an error; "late", the reply kept until release_replies().
+        """
+        moment = When(when)
+        if moment is When.UNLINKED and self.profile.update is Update.REPLACE:
+            raise ValueError(f"{self.abi} never unlinks a policy before its successor stands")
+        with self.lock:
+            self._faults.append(Fault(type, error_name(error, self.abi), moment))
+
+    def release_replies(self) -> int:
+        """Deliver the replies that "late" faults kept; how many they were."""
+        with self.lock:
+            late, self._late = self._late, []
+            for channel, message in late:
+                channel.queue(message)
+            return len(late)
+
+    # What the handlers use, under the lock.
+
+    @property
+    def scope(self) -> PolicyScope:
+        """What the scope of every policy here is (FreeBSD: GLOBAL)."""
+        return PolicyScope.GLOBAL if self.abi.has_scope else PolicyScope.ANY
+
+    def now(self) -> float:
+        """Seconds since the epoch."""
+        return self._clock() + self._offset
+
+    def step(self, name: str) -> None:
+        """The SPD is now in a state that a packet could meet."""
+        for watch in list(self.on_step):
+            watch(name, self)
+
+    def stop_after_unlink(self) -> None:
+        """Raise the error that a fault has ready for the moment after the unlinking."""
+        for fault in self._faults:
+            if fault.when is When.UNLINKED and fault.type in (None, MessageType.SPDUPDATE):
+                self._faults.remove(fault)
+                raise Refused(fault.error)
+
+    def deliver(self, channel: EmbeddedChannel, message: bytes) -> bool:
+        """Into a connection's receive buffer; False when it did not fit."""
+        if channel is not self._muted:
+            return channel.queue(message)
+        if self._holds:
+            self._late.append((channel, message))
+        return True
+
+    def broadcast(self, message: bytes, receivers: Receivers, one: EmbeddedChannel | None = None) -> bool:
+        """To those concerned, `one` last and in any case; False when `one` had no room."""
+        for channel in reversed(self.channels):
+            if channel.promiscuous:
+                self.deliver(channel, self.dialect.promiscuous_copy(self, message))
+            if channel is one or receivers is Receivers.SENDER:
+                continue
+            if receivers is Receivers.ALL or channel.registered:
+                self.deliver(channel, message)
+        return one is None or self.deliver(one, message)
+
+    def someone_registered(self) -> bool:
+        """Whether an ACQUIRE would be heard."""
+        return any(channel.registered for channel in self.channels)
+
+    def schedule(self, when: float) -> None:
+        """Something expires then."""
+        self._deadline = min(self._deadline, when)
+
+    # What the connections use, under the lock.
+
+    def submit(self, channel: EmbeddedChannel, data: bytes) -> None:
+        """A message was sent: do what it says."""
+        self.run_timers()
+        fault = self._due_fault(data)
+        if fault is None:
+            self._dispatch(channel, data)
+        elif fault.when is When.SEND:
+            raise kernel_failure(fault.error, self.abi)
+        elif fault.when is When.BEFORE:
+            self.dialect.refuse(self, channel, data, fault.error)
+        else:
+            self._muted, self._holds = channel, fault.when is When.LATE
+            try:
+                self._dispatch(channel, data)
+            finally:
+                self._muted = None
+            if fault.when is When.AFTER:
+                raise kernel_failure(fault.error, self.abi)
+
+    def run_timers(self) -> None:
+        """Expire what is due."""
+        while (now := self.now()) >= self._deadline:
+            self._deadline = inf
+            self.schedule(self.dialect.expire(self, now))
+
+    def patience(self, left: float | None) -> float | None:
+        """How long a reader may sleep before a timer could have something for it."""
+        if self._deadline == inf:
+            return left
+        due = max(self._deadline - self.now(), 0.01)
+        return due if left is None else min(due, left)
+
+    def resume_dump(self, channel: EmbeddedChannel) -> None:
+        """A reader made room: go on with its dump."""
+        self.dialect.resume_dump(self, channel)
+
+    def forget(self, channel: EmbeddedChannel) -> None:
+        """A connection was closed."""
+        self.channels.remove(channel)
+
+    def _dispatch(self, channel: EmbeddedChannel, data: bytes) -> None:
+        try:
+            self.dialect.receive(self, channel, data)
+        except SendFailed as failure:
+            raise kernel_failure(failure.name, self.abi) from None
+
+    def _due_fault(self, data: bytes) -> Fault | None:
+        kind = data[1] if len(data) > 1 else None
+        for fault in self._faults:
+            if fault.when is not When.UNLINKED and fault.type in (None, kind):
+                self._faults.remove(fault)
+                return fault
+        return None

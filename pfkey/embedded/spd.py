@@ -1,0 +1,222 @@
+"""The SPD: entries in match order, their identity, and which one a packet meets first."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from ipaddress import IPv4Interface, IPv6Interface, ip_interface
+from typing import NamedTuple
+
+from ..constants import Action, Direction, PolicyScope, UpperProtocol
+from ..messages import Lifetime, Policy, Selector, Template
+from .profiles import Profile
+from .wire import Endpoint, Limits
+
+__all__ = ["Entry", "Packet", "PolicyDatabase"]
+
+
+class Packet(NamedTuple):
+    """What a policy looks at.  Addresses are numbers; for ICMP the ports are type and code.
+
+    `scope` is the interface index of a link-local IPv6 packet, 0 otherwise.
+    """
+
+    version: int
+    source: int
+    destination: int
+    protocol: int
+    source_port: int
+    destination_port: int
+    scope: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One policy in the database."""
+
+    direction: int
+    source: Endpoint
+    source_prefix: int
+    destination: Endpoint
+    destination_prefix: int
+    protocol: int
+    """As the kernel stores and shows it."""
+    any_protocol: bool
+    action: int
+    priority: int
+    templates: tuple[Template, ...]
+    created: float
+    hard: Limits | None
+    soft: Limits | None
+    context: bytes = b""
+    """Linux: the security context extension, part of the identity."""
+    requests: bytes = b""
+    """The ipsecrequests as dumps show them."""
+    length_error: int = 0
+    """Linux: bytes by which sadb_msg_len comes out short."""
+    id: int = 0
+    used: float = 0.0
+    """First use on Linux, last use on FreeBSD; 0 for never."""
+    dead: bool = False
+    body: bytes | None = None
+    """The extensions of a reply or dump, kept until something in them changes."""
+    _shown: Policy | None = field(default=None, repr=False)
+    _key: tuple[int, int, int] = (0, 0, 0)
+    _source_bits: int = 0
+    _source_shift: int = 0
+    _destination_bits: int = 0
+    _destination_shift: int = 0
+
+    def __post_init__(self) -> None:
+        width = 32 if self.source.version == 4 else 128
+        self._source_shift = width - self.source_prefix
+        self._destination_shift = width - self.destination_prefix
+        self._source_bits = self.source.address >> self._source_shift
+        self._destination_bits = self.destination.address >> self._destination_shift
+
+    @property
+    def between_hosts(self) -> bool:
+        """Both sides are single addresses."""
+        return not self._source_shift and not self._destination_shift
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What makes two policies one: direction and selector to the last host bit, scope and context included."""
+        source, destination = self.source, self.destination
+        return (
+            self.direction,
+            *(source.version, source.address, source.port, source.scope, self.source_prefix),
+            *(destination.address, destination.port, destination.scope, self.destination_prefix),
+            self.protocol,
+            self.context,
+        )
+
+    def matches(self, packet: Packet) -> bool:
+        """Whether the packet is this policy's."""
+        source, destination = self.source, self.destination
+        return (
+            packet.source >> self._source_shift == self._source_bits
+            and packet.destination >> self._destination_shift == self._destination_bits
+            and packet.version == source.version
+            and (self.any_protocol or packet.protocol == self.protocol)
+            and source.port in (0, packet.source_port)
+            and destination.port in (0, packet.destination_port)
+            # A scope of 0 on either side stands for any (FreeBSD; Linux stores none).
+            and (not packet.scope or (source.scope in (0, packet.scope) and destination.scope in (0, packet.scope)))
+        )
+
+    def touch(self, now: float, *, first: bool) -> None:
+        """A packet used it: remember the first such moment, or the last."""
+        if not first or not self.used:
+            self.used = now
+            self.body = self._shown = None
+
+    def policy(self, scope: int) -> Policy:
+        """The entry as people read it."""
+        if self._shown is None:
+            self._shown = self._show(scope)
+        return self._shown
+
+    def _show(self, scope: int) -> Policy:
+        protocol = None if self.any_protocol else self.protocol
+        ports = self.source.port, self.destination.port
+        icmp = protocol in (UpperProtocol.ICMP, UpperProtocol.ICMPV6) and max(ports) < 256
+        selector = Selector(
+            _interface(self.source, self.source_prefix),
+            _interface(self.destination, self.destination_prefix),
+            protocol=protocol,
+            source_port=0 if icmp else ports[0],
+            destination_port=0 if icmp else ports[1],
+            icmp_type=ports[0] if icmp and any(ports) else None,
+            icmp_code=ports[1] if icmp and any(ports) else None,
+        )
+        return Policy(
+            Direction(self.direction),
+            selector,
+            Action(self.action),
+            self.templates,
+            self.priority,
+            self.id,
+            Lifetime(*self.hard) if self.hard else None,
+            Lifetime(*self.soft) if self.soft else None,
+            Lifetime(0, 0, int(self.created), int(self.used)),
+            PolicyScope(scope),
+        )
+
+
+def _interface(side: Endpoint, prefix: int) -> IPv4Interface | IPv6Interface:
+    return ip_interface((side.ip, prefix))
+
+
+class PolicyDatabase:
+    """The policies of one kernel, by identity, by id, and in match order for each direction."""
+
+    def __init__(self, profile: Profile) -> None:
+        self._profile = profile
+        self._identities: dict[tuple[object, ...], Entry] = {}  # in the order of linking
+        self._ids: dict[int, Entry] = {}
+        self._keys: dict[int, list[tuple[int, int, int]]] = {direction: [] for direction in Direction}
+        self._ordered: dict[int, list[Entry]] = {direction: [] for direction in Direction}
+        self._links = 0
+
+    def __len__(self) -> int:
+        return len(self._identities)
+
+    def __iter__(self) -> Iterator[Entry]:
+        """Oldest link first."""
+        return iter(self._identities.values())
+
+    def newest_first(self) -> list[Entry]:
+        """The order of a Linux dump: what was added or updated last comes first."""
+        return list(reversed(self._identities.values()))
+
+    def in_order(self, direction: int) -> list[Entry]:
+        """Those of a direction, in the order in which a packet tries them."""
+        return list(self._ordered.get(direction, ()))
+
+    def find(self, identity: tuple[object, ...]) -> Entry | None:
+        """The policy of exactly this selector and direction."""
+        return self._identities.get(identity)
+
+    def by_id(self, id: int) -> Entry | None:
+        """The policy with this id."""
+        return self._ids.get(id)
+
+    def link(self, entry: Entry, place_of: Entry | None = None) -> None:
+        """Put it where its priority belongs: behind its equals, or where `place_of` stood among them."""
+        self._links += 1
+        priority = entry.priority if self._profile.abi.has_priority else 0
+        tie = int(self._profile.hosts_lose_ties and entry.between_hosts)
+        entry._key = (priority, tie, self._links)
+        if place_of is not None and self._profile.update_keeps_place and place_of._key[:2] == entry._key[:2]:
+            entry._key = place_of._key
+        position = bisect_left(self._keys[entry.direction], entry._key)
+        self._keys[entry.direction].insert(position, entry._key)
+        self._ordered[entry.direction].insert(position, entry)
+        self._identities[entry.identity] = entry
+        self._ids[entry.id] = entry
+
+    def unlink(self, entry: Entry) -> None:
+        """Take it out: no packet finds it any more."""
+        position = bisect_left(self._keys[entry.direction], entry._key)
+        del self._keys[entry.direction][position]
+        del self._ordered[entry.direction][position]
+        del self._identities[entry.identity]
+        del self._ids[entry.id]
+        entry.dead = True
+
+    def replace(self, old: Entry, new: Entry) -> None:
+        """One in the place of the other, in one step.
+
+        The new one is at the end of the order of linking, which is the front of a Linux dump.
+        """
+        self.unlink(old)
+        self.link(new, place_of=old)
+
+    def match(self, direction: int, packet: Packet) -> Entry | None:
+        """The first policy that the packet meets."""
+        for entry in self._ordered.get(direction, ()):
+            if entry.matches(packet):
+                return entry
+        return None
