@@ -1,0 +1,542 @@
+"""Messages <-> bytes: the only importer of the C core."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, cast, overload
+
+from . import _record as layout
+from ._core import ffi, lib
+from ._values import VALUES, Blob, Value, enum_or_int
+from .abi import Abi
+from .constants import PF_KEY_V2, ExtensionType, MessageType, Mode, SAState, SAType
+from .errors import DecodeError, EncodeError
+from .messages import SA, SA2, Address, Lifetime, PolicyExtension
+
+__all__ = ["Message", "decode", "decode_many", "encode", "pf_key", "receive_many", "send_many"]
+
+if ffi.sizeof("struct pfk_record") != layout.SIZE:
+    raise ImportError("the compiled core and _record.py do not describe the same record; build the package again")
+
+_TYPES: dict[int, MessageType] = {int(kind): kind for kind in MessageType}
+_SATYPES: dict[int, SAType] = {int(kind): kind for kind in SAType}
+_HEADER_FIELDS = ("version", "type", "errno", "satype", "length", "reserved", "seq", "pid")
+_NO_COUNTS = bytes(layout.COUNTS.size)
+
+
+class _Scratch:
+    """Buffers for one call of the core.  cffi releases the GIL, so no two threads may use the same."""
+
+    __slots__ = ("fault", "record", "view")
+
+    def __init__(self) -> None:
+        self.record = ffi.new("struct pfk_record *")
+        self.view = ffi.buffer(self.record)
+        self.fault = ffi.new("struct pfk_fault *")
+
+
+_scratches: list[_Scratch] = []
+_core_abis: dict[int, tuple[Any, Abi]] = {}
+
+
+def _core_abi(abi: Abi) -> Any:
+    """The core's part of an Abi, made once.  The Abi is kept beside it, so that its id stays its own."""
+    try:
+        return _core_abis[id(abi)][0]
+    except KeyError:
+        pass
+    core = ffi.new("struct pfk_abi *")
+    core.big_endian = abi.byteorder == "big"
+    core.sockaddr_has_length = abi.sockaddr_has_length
+    core.request_size = abi.request_size
+    core.af_inet = abi.af_inet
+    core.af_inet6 = abi.af_inet6
+    for kind, slot in layout.SLOTS.items():
+        if kind in abi.extension_numbers:
+            core.slot[abi.extension_numbers[kind]] = slot.number
+    _core_abis[id(abi)] = (core, abi)
+    return core
+
+
+class Message:
+    """One PF_KEY message of one system: a header and extensions, in order.
+
+    `extensions` maps what each extension is (or its number, where this Abi does not know it) to its value: SA, SA2,
+    Lifetime, Address, Key, SPIRange, PolicyExtension, a tuple of Algorithm for the supported ones, an int for NAT-T type
+    and ports and for the replay window; bytes, everything behind its 4-byte header, for every other.  When building a
+    message bytes are accepted for any extension; they are padded to a multiple of 8 and not checked.
+
+    Messages do not change.  Values are made when they are first asked for.
+    """
+
+    __slots__ = ("_cache", "_data", "_record", "abi")
+
+    abi: Abi
+    _record: bytes
+    _data: bytes
+    _cache: Mapping[ExtensionType | int, Value] | None
+
+    def __init__(
+        self,
+        type: MessageType | int,
+        extensions: Mapping[ExtensionType | int, Value] = MappingProxyType({}),
+        *,
+        abi: Abi,
+        satype: SAType | int = 0,
+        errno: int = 0,
+        seq: int = 0,
+        pid: int = 0,
+        reserved: int = 0,
+        version: int = PF_KEY_V2,
+    ) -> None:
+        record = bytearray(layout.SIZE)
+        _pack_header(record, version, type, errno, satype, 0, reserved, seq, pid)
+        blob = Blob(abi)
+        if len(extensions) > layout.MAXIMUM_EXTENSIONS:
+            raise EncodeError(f"{len(extensions)} extensions; at most {layout.MAXIMUM_EXTENSIONS} fit")
+        present = 0
+        offsets = [0] * layout.MAXIMUM_EXTENSIONS
+        for position, (kind, value) in enumerate(extensions.items()):
+            offsets[position], bit = _put(kind, value, record, blob)
+            present |= bit
+        layout.COUNTS.write(record, 0, present, len(extensions), 0)
+        layout.OFFSETS.write(record, 0, *offsets)
+        self._fill(abi, bytes(record), bytes(blob.data))
+
+    def _fill(self, abi: Abi, record: bytes, data: bytes) -> None:
+        give = object.__setattr__
+        give(self, "abi", abi)
+        give(self, "_record", record)
+        give(self, "_data", data)
+        give(self, "_cache", None)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a Message does not change; use replace() or make another one instead of setting {name}")
+
+    # The header (struct sadb_msg).
+
+    @property
+    def version(self) -> int:
+        """2, PF_KEY_V2."""
+        return self._record[0]
+
+    @property
+    def type(self) -> MessageType | int:
+        """What is asked or said; a number when this package does not know it."""
+        return _TYPES.get(self._record[1], self._record[1])
+
+    @property
+    def errno(self) -> int:
+        """The kernel's error number, 0 for none; `abi.error_name` has its name."""
+        return self._record[2]
+
+    @property
+    def satype(self) -> SAType | int:
+        """What kind of SA it is about; a scope in FreeBSD's SPDDUMP."""
+        return _SATYPES.get(self._record[3], self._record[3])
+
+    @property
+    def reserved(self) -> int:
+        """sadb_msg_reserved: kernels put a reference count there."""
+        return cast(int, layout.HEADER.read(self._record)[5])
+
+    @property
+    def seq(self) -> int:
+        """The sequence number that pairs requests with replies; in a dump it counts."""
+        return cast(int, layout.HEADER.read(self._record)[6])
+
+    @property
+    def pid(self) -> int:
+        """The process that asked; 0 when the kernel speaks by itself."""
+        return cast(int, layout.HEADER.read(self._record)[7])
+
+    def replace(self, **header: int) -> Message:
+        """The same extensions under another header: any of version, type, errno, satype, reserved, seq, pid."""
+        fields = dict(zip(_HEADER_FIELDS, layout.HEADER.read(self._record), strict=True))
+        unknown = header.keys() - fields.keys() | (header.keys() & {"length"})
+        if unknown:
+            raise TypeError(f"a header has no field {', '.join(sorted(unknown))} to replace")
+        record = bytearray(self._record)
+        _pack_header(record, *(fields | header).values())
+        return _made(self.abi, bytes(record), self._data)
+
+    # The extensions.
+
+    @property
+    def extensions(self) -> Mapping[ExtensionType | int, Value]:
+        """What it carries, in the order of the wire."""
+        if self._cache is None:
+            known = self.abi.extensions
+            values = {known.get(number, number): self._value(number, offset) for number, offset in self._walk()}
+            object.__setattr__(self, "_cache", MappingProxyType(values))
+        return cast(Mapping[ExtensionType | int, Value], self._cache)
+
+    def get(self, kind: ExtensionType | int) -> Any:
+        """The value of one extension, or None; the others are not made."""
+        slot = layout.SLOTS.get(cast(ExtensionType, kind))
+        if slot is not None and self._present >> slot.number & 1:
+            return VALUES[cast(ExtensionType, kind)].read(self._record, self._data, self.abi, slot.which)
+        wanted = self._number(kind)
+        for number, offset in self._walk():
+            if number == wanted:
+                return self._value(number, offset)
+        return None
+
+    def __contains__(self, kind: object) -> bool:
+        wanted = self._number(cast(int, kind))
+        return any(number == wanted for number, _ in self._walk())
+
+    def raw(self, kind: ExtensionType | int) -> bytes:
+        """A whole extension as it is on the wire, header included; KeyError when it is not here."""
+        data, wanted, order = encode(self), self._number(kind), cast(Any, self.abi.byteorder)
+        start = 16
+        for number, _ in self._walk():
+            end = start + 8 * int.from_bytes(data[start : start + 2], order)
+            if number == wanted:
+                return data[start:end]
+            start = end
+        raise KeyError(kind)
+
+    @property
+    def body(self) -> bytes:
+        """What follows the header of a PROMISC message: another message; empty for every other type."""
+        offset, length = cast(tuple[int, int], layout.BODY.read(self._record))
+        return self._data[offset : offset + length]
+
+    # Shorthands; None where the message does not have it.
+
+    @property
+    def sa(self) -> SA | None:
+        """SADB_EXT_SA."""
+        return cast("SA | None", self.get(ExtensionType.SA))
+
+    @property
+    def sa2(self) -> SA2 | None:
+        """SADB_X_EXT_SA2."""
+        return cast("SA2 | None", self.get(ExtensionType.SA2))
+
+    @property
+    def spi(self) -> int | None:
+        """The SPI of the SA, as a number."""
+        return cast(int, layout.SA.read(self._record)[0]) if self._has(ExtensionType.SA) else None
+
+    @property
+    def state(self) -> SAState | int | None:
+        """The state of the SA."""
+        if not self._has(ExtensionType.SA):
+            return None
+        return cast("SAState | int", enum_or_int(_STATES, cast(int, layout.SA.read(self._record)[2])))
+
+    @property
+    def mode(self) -> Mode | int | None:
+        """The mode of the SA."""
+        if not self._has(ExtensionType.SA2):
+            return None
+        return cast("Mode | int", enum_or_int(_MODES, cast(int, layout.SA2.read(self._record)[0])))
+
+    @property
+    def reqid(self) -> int | None:
+        """The reqid of the SA."""
+        return cast(int, layout.SA2.read(self._record)[4]) if self._has(ExtensionType.SA2) else None
+
+    @property
+    def source(self) -> Address | None:
+        """SADB_EXT_ADDRESS_SRC."""
+        return cast("Address | None", self.get(ExtensionType.ADDRESS_SRC))
+
+    @property
+    def destination(self) -> Address | None:
+        """SADB_EXT_ADDRESS_DST."""
+        return cast("Address | None", self.get(ExtensionType.ADDRESS_DST))
+
+    @property
+    def policy(self) -> PolicyExtension | None:
+        """SADB_X_EXT_POLICY, or None also when an error reply echoes one that cannot be read."""
+        return cast("PolicyExtension | None", self.get(ExtensionType.POLICY)) if self._has(ExtensionType.POLICY) else None
+
+    @property
+    def lifetime_current(self) -> Lifetime | None:
+        """SADB_EXT_LIFETIME_CURRENT."""
+        return cast("Lifetime | None", self.get(ExtensionType.LIFETIME_CURRENT))
+
+    @property
+    def lifetime_hard(self) -> Lifetime | None:
+        """SADB_EXT_LIFETIME_HARD."""
+        return cast("Lifetime | None", self.get(ExtensionType.LIFETIME_HARD))
+
+    @property
+    def lifetime_soft(self) -> Lifetime | None:
+        """SADB_EXT_LIFETIME_SOFT."""
+        return cast("Lifetime | None", self.get(ExtensionType.LIFETIME_SOFT))
+
+    # Below the surface.
+
+    @property
+    def _present(self) -> int:
+        return cast(int, layout.COUNTS.read(self._record)[0])
+
+    def _has(self, kind: ExtensionType) -> bool:
+        return bool(self._present >> layout.SLOTS[kind].number & 1)
+
+    def _number(self, kind: ExtensionType | int) -> int:
+        """The number on the wire; -1 for what this Abi does not have."""
+        if isinstance(kind, ExtensionType):
+            return self.abi.extension_numbers.get(kind, -1)
+        return kind
+
+    def _walk(self) -> Iterator[tuple[int, int]]:
+        """(number on the wire, offset in words) of each extension."""
+        _, count, _ = cast(tuple[int, ...], layout.COUNTS.read(self._record))
+        order = cast(Any, self.abi.byteorder)
+        for offset in cast(tuple[int, ...], layout.OFFSETS.read(self._record)[:count]):
+            yield int.from_bytes(self._data[8 * offset + 2 : 8 * offset + 4], order), offset
+
+    def _words(self, offset: int) -> int:
+        return int.from_bytes(self._data[8 * offset : 8 * offset + 2], cast(Any, self.abi.byteorder))
+
+    def _value(self, number: int, offset: int) -> Value:
+        kind = self.abi.extensions.get(number)
+        slot = layout.SLOTS.get(kind) if kind is not None else None
+        if kind is not None and slot is not None and self._present >> slot.number & 1:
+            return VALUES[kind].read(self._record, self._data, self.abi, slot.which)
+        return self._data[8 * offset + 4 : 8 * offset + 8 * self._words(offset)]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Message):
+            return NotImplemented
+        return self.abi == other.abi and encode(self) == encode(other)
+
+    def __hash__(self) -> int:
+        return hash(encode(self))
+
+    def __repr__(self) -> str:
+        kind = self.type
+        text = f"<Message {kind.name if isinstance(kind, MessageType) else kind}"
+        if self.satype:
+            text += f" {self.satype.name if isinstance(self.satype, SAType) else self.satype}"
+        text += f" seq={self.seq} pid={self.pid}"
+        if self.errno:
+            text += f" errno={self.abi.error_name(self.errno)}"
+        names = (name.name if isinstance(name, ExtensionType) else str(name) for name in self.extensions)
+        return f"{text} [{' '.join(names)}] {self.abi}>"
+
+
+_STATES = {int(state): state for state in SAState}
+_MODES = {int(mode): mode for mode in Mode}
+
+
+def _made(abi: Abi, record: bytes, data: bytes) -> Message:
+    message = Message.__new__(Message)
+    message._fill(abi, record, data)
+    return message
+
+
+def _pack_header(record: bytearray, *fields: int | bytes) -> None:
+    try:
+        layout.HEADER.write(record, 0, *fields)
+    except struct.error as error:
+        shown = ", ".join(f"{name} {value!r}" for name, value in zip(_HEADER_FIELDS, fields, strict=True))
+        raise EncodeError(f"a number does not fit its field of the header ({shown}): {error}") from None
+
+
+def _put(kind: ExtensionType | int, value: Value, record: bytearray, blob: Blob) -> tuple[int, int]:
+    """Write one extension to the record and the blob; its offset in words, and its bit in `present`."""
+    abi = blob.abi
+    if isinstance(kind, ExtensionType):
+        if kind not in abi.extension_numbers:
+            raise EncodeError(f"{abi} has no extension {kind.name}")
+        number = abi.extension_numbers[kind]
+    else:
+        number = int(kind)
+        if not 0 < number <= 0xFFFF:
+            raise EncodeError(f"an extension's number is 1 to 65535, not {number}")
+        kind = abi.extensions.get(number, number)
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return blob.raw(number, bytes(value)), 0
+    name = kind.name if isinstance(kind, ExtensionType) else str(kind)
+    form = VALUES.get(cast(ExtensionType, kind))
+    if form is None:
+        raise EncodeError(f"extension {name} takes bytes (what follows its 4-byte header), not {type(value).__name__}")
+    if not isinstance(value, form.type):
+        raise EncodeError(f"extension {name} does not take a {type(value).__name__}")
+    slot = layout.SLOTS[cast(ExtensionType, kind)]
+    offset = blob.begin(number)
+    try:
+        form.write(value, record, blob, slot.which)
+    except struct.error as error:
+        raise EncodeError(f"a number in {value!r} does not fit its field of {name}: {error}") from None
+    return offset, 1 << slot.number
+
+
+def encode(message: Message) -> bytes:
+    """The bytes of a message for the Abi that it carries; every length is computed.
+
+    Raises EncodeError when the message is longer than its length field can say.
+    """
+    data = message._data
+    capacity = len(data) + 16 + 48 * layout.MAXIMUM_EXTENSIONS
+    out = ffi.new("uint8_t[]", capacity)
+    fault = ffi.new("struct pfk_fault *")
+    length = lib.pfk_encode(_core_abi(message.abi), message._record, data, len(data), out, capacity, fault)
+    if not length:
+        raise EncodeError(f"{_type_name(message)}: {_reason(fault.reason)} (extension {fault.extension})")
+    encoded = bytes(ffi.buffer(out, length))
+    lib.pfk_wipe(out, length)
+    return encoded
+
+
+def decode(data: bytes | bytearray | memoryview, abi: Abi) -> Message:
+    """The message that `data` holds, in the layout of `abi`; all of it is validated.
+
+    Raises DecodeError with the offset, the extension and the rule.  Content that a kernel echoes because it rejected it
+    (errno is not 0) may break the rules of its extension: it comes as bytes.
+    """
+    if type(data) is not bytes:
+        data = bytes(data)
+    try:
+        scratch = _scratches.pop()
+    except IndexError:
+        scratch = _Scratch()
+    fault = scratch.fault
+    if lib.pfk_decode(_core_abi(abi), data, len(data), scratch.record, fault):
+        error = _decode_error(fault, abi)
+        _scratches.append(scratch)
+        raise error
+    record = bytes(scratch.view)
+    _scratches.append(scratch)
+    message = _new(Message)
+    _set_abi(message, abi)
+    _set_record(message, record)
+    _set_data(message, data)
+    _set_cache(message, None)
+    return message
+
+
+_new = Message.__new__
+# What a slot's descriptor does, without a look-up of the name: Message refuses plain assignment.
+_set_abi = Message.__dict__["abi"].__set__
+_set_record = Message.__dict__["_record"].__set__
+_set_data = Message.__dict__["_data"].__set__
+_set_cache = Message.__dict__["_cache"].__set__
+
+
+class Messages(Sequence[Message]):
+    """Many decoded messages: records in one array, a Message made when one is asked for."""
+
+    __slots__ = ("_abi", "_arena", "_lengths", "_records", "_starts")
+
+    def __init__(self, abi: Abi, arena: bytes, lengths: Sequence[int], records: Any) -> None:
+        self._abi = abi
+        self._arena = arena
+        self._records = records
+        self._lengths = lengths
+        starts, start = [], 0
+        for length in lengths:
+            starts.append(start)
+            start += length
+        self._starts = starts
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> Message: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Message]: ...
+    def __getitem__(self, index: int | slice) -> Message | list[Message]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(f"message {index} of {len(self)}")
+        start = self._starts[index]
+        record = bytes(ffi.buffer(self._records + index, layout.SIZE))
+        return _made(self._abi, record, self._arena[start : start + self._lengths[index]])
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} messages of {self._abi}>"
+
+
+def decode_many(datagrams: Iterable[bytes], abi: Abi) -> Messages:
+    """All messages in one call of the core; each becomes a Message when it is asked for.
+
+    Raises DecodeError, whose text says which message it was.
+    """
+    parts = list(datagrams)
+    lengths = [len(part) for part in parts]
+    arena = b"".join(parts)
+    records = ffi.new("struct pfk_record[]", max(len(parts), 1))
+    fault = ffi.new("struct pfk_fault *")
+    if lib.pfk_decode_many(_core_abi(abi), arena, lengths, len(lengths), records, fault):
+        raise _decode_error(fault, abi, f"message {fault.index} of {len(lengths)}: ")
+    return Messages(abi, arena, lengths, records)
+
+
+def _reason(number: int) -> str:
+    return cast(bytes, ffi.string(lib.pfk_reason(number))).decode()
+
+
+def _decode_error(fault: Any, abi: Abi, prefix: str = "") -> DecodeError:
+    number = fault.extension or None
+    kind = abi.extensions.get(fault.extension)
+    name = kind.name if kind is not None else ""
+    return DecodeError(prefix + _reason(fault.reason), offset=fault.offset, extension=number, name=name)
+
+
+def _type_name(message: Message) -> str:
+    return message.type.name if isinstance(message.type, MessageType) else f"message of type {message.type}"
+
+
+# What a native channel needs of the core.
+
+
+def pf_key() -> int:
+    """This host's PF_KEY, or -1 where its headers have none."""
+    return cast(int, lib.pfk_pf_key())
+
+
+def send_many(fd: int, messages: Sequence[bytes]) -> tuple[int, int]:
+    """Send each message by itself, in one call; how many the kernel took, and the errno of the first it did not."""
+    error = ffi.new("int *")
+    sent = lib.pfk_send_many(fd, b"".join(messages), [len(one) for one in messages], len(messages), error)
+    return sent, error[0]
+
+
+class Arena:
+    """Where `receive_many` puts what it receives: room for `count` messages of up to `size` bytes."""
+
+    __slots__ = ("_buffer", "_error", "_lengths", "count", "size")
+
+    def __init__(self, count: int, size: int) -> None:
+        self.count = count
+        self.size = size
+        self._buffer = ffi.new("uint8_t[]", count * size)
+        self._lengths = ffi.new("uint32_t[]", count)
+        self._error = ffi.new("int *")
+
+    def receive(self, fd: int, limit: int, timeout: float | None) -> tuple[list[bytes], list[int], int]:
+        """(messages, lengths of those that were too long and are lost, errno or 0); wipes what it held."""
+        wait = -1 if timeout is None else max(0, int(timeout * 1000 + 0.999))
+        count = lib.pfk_receive_many(
+            fd, self._buffer, self.size, self._lengths, min(limit, self.count), wait, self._error
+        )
+        if count < 0:
+            return [], [], cast(int, self._error[0])
+        whole, cut = [], []
+        for index in range(count):
+            length = self._lengths[index]
+            start = self._buffer + index * self.size
+            if length > self.size:
+                cut.append(length)
+            else:
+                whole.append(bytes(ffi.buffer(start, length)))
+            lib.pfk_wipe(start, min(length, self.size))
+        return whole, cut, 0
+
+
+def receive_many(fd: int, arena: Arena, limit: int, timeout: float | None) -> tuple[list[bytes], list[int], int]:
+    """Up to `limit` messages in one call: see `Arena.receive`."""
+    return arena.receive(fd, limit, timeout)
