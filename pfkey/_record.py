@@ -59,7 +59,9 @@ HEADER = Group("version", 0, "4B2H2I")  # version type errno satype, length rese
 COUNTS = Group("present", 16, "I2H")  # present, count words
 OFFSETS = Group("offset", 24, f"{MAXIMUM_EXTENSIONS}H")
 LIFETIME = Group("lifetime", 120, "3Q2I")  # bytes addtime usetime, allocations -
-ADDRESS = Group("address", 216, "BBHHBBII16s8s")  # protocol prefix reserved port version - flowinfo scope, bytes padding
+ADDRESS = Group(
+    "address", 216, "BBHHBBII16s8s"
+)  # protocol prefix reserved port version - flowinfo scope, bytes padding
 KEY = Group("key", 416, "2H2I")  # bits reserved, offset length
 SUPPORTED = Group("supported", 440, "3I")  # reserved, offset length
 SA = Group("sa_spi", 464, "I4BI")  # spi, replay state auth encrypt, flags

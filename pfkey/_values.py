@@ -195,9 +195,7 @@ def _write_policy(value: PolicyExtension, record: bytearray, blob: Blob, which: 
     requests = b"".join(_request(template, blob.abi) for template in value.templates)
     scope = value.scope if blob.abi.has_scope else 0
     priority = value.priority if blob.abi.has_priority else 0
-    layout.POLICY.write(
-        record, 0, value.action, value.direction, scope, value.id, priority, *blob.part(requests)
-    )
+    layout.POLICY.write(record, 0, value.action, value.direction, scope, value.id, priority, *blob.part(requests))
 
 
 # struct sadb_x_ipsecrequest: its head, 8 bytes with a 16-bit reqid or 16 with a 32-bit one, then two sockaddrs or none.

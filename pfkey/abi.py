@@ -114,6 +114,8 @@ class Abi:
     """IPSEC without templates is accepted and lets packets through in clear (Linux 6.1); others answer EINVAL."""
     replay_in_bytes: bool = field(repr=False)
     """sadb_sa_replay counts bytes of bitmap, eight packets each (the BSDs), not packets (Linux)."""
+    maximum_replay_window: int = field(repr=False)
+    """The largest replay window in packets; Linux silently makes greater ones 32."""
 
     # How it talks.
     update_unlinks_first: bool = field(repr=False)
@@ -214,6 +216,7 @@ class Abi:
             use_level_in_outbound_tunnel=False,
             empty_ipsec_is_bypass=True,
             replay_in_bytes=False,
+            maximum_replay_window=32,
             update_unlinks_first=False,
             rejected_update_removes=False,
             update_changes_id=False,
@@ -298,6 +301,7 @@ def _freebsd(release: tuple[int, ...], byteorder: str) -> Abi:
         use_level_in_outbound_tunnel=True,
         empty_ipsec_is_bypass=False,
         replay_in_bytes=True,
+        maximum_replay_window=(1 << 32) - 33,
         update_unlinks_first=not atomic,
         rejected_update_removes=True,
         update_changes_id=True,

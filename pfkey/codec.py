@@ -254,7 +254,9 @@ class Message:
     @property
     def policy(self) -> PolicyExtension | None:
         """SADB_X_EXT_POLICY, or None also when an error reply echoes one that cannot be read."""
-        return cast("PolicyExtension | None", self.get(ExtensionType.POLICY)) if self._has(ExtensionType.POLICY) else None
+        return (
+            cast("PolicyExtension | None", self.get(ExtensionType.POLICY)) if self._has(ExtensionType.POLICY) else None
+        )
 
     @property
     def lifetime_current(self) -> Lifetime | None:

@@ -1,0 +1,309 @@
+"""Policies and security associations <-> messages: what people write, in the extensions and units of a system."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from ipaddress import IPv4Interface, IPv6Interface, ip_interface
+from typing import Any
+
+from .abi import Abi
+from .codec import Message
+from .constants import Direction, ExtensionType, MessageType, SAProtocol, SAType, UpperProtocol
+from .errors import DecodeError, EncodeError, NotSupported
+from .messages import (
+    SA,
+    SA2,
+    Address,
+    IPAddress,
+    Key,
+    Lifetime,
+    NATTraversal,
+    Policy,
+    PolicyExtension,
+    SecurityAssociation,
+    Selector,
+)
+
+__all__ = [
+    "PROTOCOL_OF",
+    "SATYPE_OF",
+    "association_from",
+    "association_message",
+    "describe",
+    "policy_from",
+    "policy_message",
+    "selector_from",
+]
+
+SATYPE_OF = {
+    SAProtocol.ESP: SAType.ESP,
+    SAProtocol.AH: SAType.AH,
+    SAProtocol.IPCOMP: SAType.IPCOMP,
+    SAProtocol.TCPSIGNATURE: SAType.TCPSIGNATURE,
+}
+PROTOCOL_OF = {satype: protocol for protocol, satype in SATYPE_OF.items()}
+_ICMP = (UpperProtocol.ICMP, UpperProtocol.ICMPV6)
+_WHOLE = (MessageType.ADD, MessageType.UPDATE)
+
+
+# Policies.
+
+
+def _scope_id(address: IPAddress) -> int:
+    scope = getattr(address, "scope_id", None)
+    if not scope:
+        return 0
+    if not scope.isdecimal():
+        raise EncodeError(f"{address}: the wire has a number for the scope; give the interface's index, not its name")
+    return int(scope)
+
+
+def _side(interface: IPv4Interface | IPv6Interface, protocol: int, port: int) -> Address:
+    return Address(interface.ip, interface.network.prefixlen, protocol, port, _scope_id(interface.ip))
+
+
+def policy_message(type: MessageType, policy: Policy, abi: Abi, *, with_templates: bool = True) -> Message:
+    """The request `type` about a policy: POLICY, source, destination, and the lifetimes that are set.
+
+    A priority is left out where `abi` has none.  Raises EncodeError for what the wire cannot carry.
+    """
+    selector = policy.selector
+    protocol = UpperProtocol.ANY if selector.protocol is None else selector.protocol
+    source_port, destination_port = selector.wire_ports
+    templates = policy.templates if with_templates else ()
+    extensions: dict[ExtensionType | int, Any] = {
+        ExtensionType.POLICY: PolicyExtension(
+            policy.action, policy.direction, policy.id, policy.priority, templates, policy.scope
+        ),
+        ExtensionType.ADDRESS_SRC: _side(selector.source, protocol, source_port),
+        ExtensionType.ADDRESS_DST: _side(selector.destination, protocol, destination_port),
+    }
+    if policy.lifetime_hard is not None:
+        extensions[ExtensionType.LIFETIME_HARD] = policy.lifetime_hard
+    if policy.lifetime_soft is not None:
+        extensions[ExtensionType.LIFETIME_SOFT] = policy.lifetime_soft
+    return Message(type, extensions, abi=abi)
+
+
+def _interface(address: Address) -> IPv4Interface | IPv6Interface:
+    text = str(address.address) + (f"%{address.scope_id}" if address.scope_id else "")
+    return (
+        ip_interface(f"{text}/{address.prefixlen}")
+        if address.scope_id
+        else ip_interface((address.address, address.prefixlen))
+    )
+
+
+def selector_from(message: Message) -> Selector | None:
+    """The selector that a policy message names, None when it names none (an id alone) or it cannot be read."""
+    source, destination = message.source, message.destination
+    if not isinstance(source, Address) or not isinstance(destination, Address):
+        return None
+    if source.address.version != destination.address.version:
+        return None
+    # Where the two sides differ, the destination's protocol is the one that counts (Linux 6.1).
+    protocol = destination.protocol
+    ports = (source.port, destination.port)
+    if protocol in _ICMP and any(ports) and max(ports) <= 255:
+        return Selector(
+            _interface(source),
+            _interface(destination),
+            protocol=protocol,
+            icmp_type=ports[0] or None,
+            icmp_code=ports[1],
+        )
+    return Selector(
+        _interface(source),
+        _interface(destination),
+        protocol=protocol,
+        source_port=ports[0],
+        destination_port=ports[1],
+    )
+
+
+def policy_from(message: Message) -> Policy:
+    """The policy of a reply, of a part of a dump, or of an event.
+
+    Raises DecodeError when the message names no policy with a selector.
+    """
+    extension, selector = message.policy, selector_from(message)
+    if extension is None or selector is None:
+        raise DecodeError(f"{message!r} holds no policy with a selector")
+    return Policy(
+        extension.direction,
+        selector,
+        extension.action,
+        extension.templates,
+        extension.priority,
+        extension.id,
+        _lifetime(message, ExtensionType.LIFETIME_HARD),
+        _lifetime(message, ExtensionType.LIFETIME_SOFT),
+        _lifetime(message, ExtensionType.LIFETIME_CURRENT),
+        extension.scope,
+    )
+
+
+def _lifetime(message: Message, kind: ExtensionType) -> Lifetime | None:
+    value = message.get(kind)
+    return value if isinstance(value, Lifetime) else None
+
+
+# Security associations.
+
+
+def _algorithm(value: str | int | None, numbers: Mapping[str, int], what: str, abi: Abi) -> int:
+    if value is None:
+        return 0
+    if isinstance(value, int):
+        return value
+    if value.lower() not in numbers:
+        raise NotSupported(f"{abi} has no {what} algorithm {value!r} in PF_KEY; it has {', '.join(numbers)}")
+    return numbers[value.lower()]
+
+
+def _replay(window: int, abi: Abi) -> tuple[int, int | None]:
+    """sadb_sa_replay in the system's unit, and the packets for SA_REPLAY where that is too small."""
+    if window > abi.maximum_replay_window:
+        raise NotSupported(
+            f"a replay window of {window} packets: {abi} has at most {abi.maximum_replay_window} in PF_KEY"
+        )
+    if not abi.replay_in_bytes:
+        return window, None
+    octets = (window + 7) // 8
+    return min(octets, 255), window if octets > 255 else None
+
+
+def _wire_algorithms(sa: SecurityAssociation, abi: Abi) -> tuple[int, int]:
+    if sa.protocol == SAProtocol.IPCOMP:
+        return 0, _algorithm(sa.compression, abi.compression, "compression", abi)
+    return (
+        _algorithm(sa.authentication, abi.authentication, "authentication", abi),
+        _algorithm(sa.encryption, abi.encryption, "encryption", abi),
+    )
+
+
+def _end(address: IPAddress) -> Address:
+    return Address(address, address.max_prefixlen, UpperProtocol.ANY, 0, _scope_id(address))
+
+
+def association_message(type: MessageType, sa: SecurityAssociation, abi: Abi) -> Message:
+    """The request `type` about an SA: all of it for ADD and UPDATE, SPI and end points for every other.
+
+    A lifetime given without the other gets one without limits: every kernel wants both or neither.  Raises NotSupported
+    for an algorithm or a replay window that `abi` does not have, EncodeError for what the wire cannot carry.
+    """
+    satype = SATYPE_OF.get(SAProtocol(sa.protocol)) if sa.protocol in SATYPE_OF else None
+    if satype is None:
+        raise NotSupported(f"protocol {sa.protocol} has no SAs; {', '.join(known.name for known in SATYPE_OF)} have")
+    ends: dict[ExtensionType | int, Any] = {
+        ExtensionType.ADDRESS_SRC: _end(sa.source),
+        ExtensionType.ADDRESS_DST: _end(sa.destination),
+    }
+    if type not in _WHOLE:
+        return Message(type, {ExtensionType.SA: SA(sa.spi, state=sa.state)} | ends, abi=abi, satype=satype)
+    replay, packets = _replay(sa.replay_window, abi)
+    extensions: dict[ExtensionType | int, Any] = {
+        ExtensionType.SA: SA(sa.spi, replay, sa.state, *_wire_algorithms(sa, abi), sa.flags)
+    }
+    if packets is not None:
+        extensions[ExtensionType.SA_REPLAY] = packets
+    extensions |= {ExtensionType.SA2: SA2(sa.mode, 0, sa.reqid)} | ends
+    if sa.lifetime_hard is not None or sa.lifetime_soft is not None:
+        extensions[ExtensionType.LIFETIME_SOFT] = sa.lifetime_soft or Lifetime()
+        extensions[ExtensionType.LIFETIME_HARD] = sa.lifetime_hard or Lifetime()
+    # ESP without a key is ESP with the null cipher: kernels want the key extension all the same.
+    if sa.encryption_key or (sa.protocol == SAProtocol.ESP and sa.encryption is not None):
+        extensions[ExtensionType.KEY_ENCRYPT] = Key(sa.encryption_key)
+    if sa.authentication_key:
+        extensions[ExtensionType.KEY_AUTH] = Key(sa.authentication_key)
+    if sa.nat_traversal is not None:
+        extensions[ExtensionType.NAT_T_TYPE] = sa.nat_traversal.type
+        extensions[ExtensionType.NAT_T_SPORT] = sa.nat_traversal.source_port
+        extensions[ExtensionType.NAT_T_DPORT] = sa.nat_traversal.destination_port
+    for kind, address in (
+        (ExtensionType.NEW_ADDRESS_SRC, sa.new_source),
+        (ExtensionType.NEW_ADDRESS_DST, sa.new_destination),
+    ):
+        if address is not None:
+            extensions[kind] = _end(address)
+    if sa.proxy is not None:
+        extensions[ExtensionType.ADDRESS_PROXY] = _side(sa.proxy, UpperProtocol.ANY, 0)
+    return Message(type, extensions, abi=abi, satype=satype)
+
+
+def _name(number: int, names: Mapping[int, str]) -> str | int | None:
+    return names.get(number, number) if number else None
+
+
+def association_from(message: Message) -> SecurityAssociation:
+    """The SA of a reply, of a part of a dump, or of an event.
+
+    Raises DecodeError when the message names no SA with its end points.
+    """
+    sa, source, destination = message.sa, message.source, message.destination
+    if not isinstance(sa, SA) or not isinstance(source, Address) or not isinstance(destination, Address):
+        raise DecodeError(f"{message!r} holds no SA with its end points")
+    abi, get = message.abi, message.get
+    protocol = PROTOCOL_OF.get(message.satype, int(message.satype))  # type: ignore[call-overload]
+    compressed = protocol == SAProtocol.IPCOMP
+    sa2: SA2 = get(ExtensionType.SA2) or SA2()
+    packets = get(ExtensionType.SA_REPLAY)
+    nat_t = get(ExtensionType.NAT_T_TYPE)
+    proxy = get(ExtensionType.ADDRESS_PROXY)
+    return SecurityAssociation(
+        source.address,
+        destination.address,
+        sa.spi,
+        protocol,
+        sa2.mode,
+        sa2.reqid,
+        authentication=None if compressed else _name(sa.auth, abi.authentication_names),
+        authentication_key=_key(message, ExtensionType.KEY_AUTH),
+        encryption=None if compressed else _name(sa.encrypt, abi.encryption_names),
+        encryption_key=_key(message, ExtensionType.KEY_ENCRYPT),
+        compression=_name(sa.encrypt, abi.compression_names) if compressed else None,
+        replay_window=packets if packets is not None else sa.replay * (8 if abi.replay_in_bytes else 1),
+        state=sa.state,
+        flags=sa.flags,
+        lifetime_hard=_lifetime(message, ExtensionType.LIFETIME_HARD),
+        lifetime_soft=_lifetime(message, ExtensionType.LIFETIME_SOFT),
+        lifetime_current=_lifetime(message, ExtensionType.LIFETIME_CURRENT),
+        nat_traversal=NATTraversal(get(ExtensionType.NAT_T_SPORT) or 0, get(ExtensionType.NAT_T_DPORT) or 0, nat_t)
+        if nat_t
+        else None,
+        sequence=sa2.sequence,
+        proxy=_interface(proxy) if isinstance(proxy, Address) else None,
+        new_source=_address(message, ExtensionType.NEW_ADDRESS_SRC),
+        new_destination=_address(message, ExtensionType.NEW_ADDRESS_DST),
+    )
+
+
+def _key(message: Message, kind: ExtensionType) -> bytes:
+    value = message.get(kind)
+    return value.data if isinstance(value, Key) else b""
+
+
+def _address(message: Message, kind: ExtensionType) -> IPAddress | None:
+    value = message.get(kind)
+    return value.address if isinstance(value, Address) else None
+
+
+# Words.
+
+
+def describe(message: Message) -> str:
+    """What a message does to what, in one line: "SPDUPDATE of out 10.1.0.0/16 -> 10.2.0.0/16"."""
+    kind = message.type
+    name = kind.name if isinstance(kind, MessageType) else f"message type {kind}"
+    policy, selector = message.policy, selector_from(message)
+    if policy is not None:
+        direction = policy.direction.name.lower() if isinstance(policy.direction, Direction) else policy.direction
+        return f"{name} of {direction} {selector}" if selector else f"{name} of policy {policy.id}"
+    if message.satype:
+        satype = message.satype.name.lower() if isinstance(message.satype, SAType) else f"SA type {message.satype}"
+        name += f" of {satype}"
+        if isinstance(message.source, Address) and isinstance(message.destination, Address):
+            name += f" {message.source.address} -> {message.destination.address}"
+        if message.spi is not None:
+            name += f" spi {message.spi:#010x}"
+    return name
