@@ -109,7 +109,7 @@ def _sound(kernel: EmbeddedKernel, number: int, raw: bytes) -> bool:
         return len(raw) == (24 if endpoint.version == 4 else 40) and prefixlen <= (32 if endpoint.version == 4 else 128)
     if number in _KEYS:
         bits: int = kernel.wire.u16.unpack_from(raw, 4)[0]
-        return len(raw) == 8 + (bits + 63) // 64 * 8
+        return len(raw) >= 8 + (bits + 63) // 64 * 8
     if number == _SEC_CTX:
         length: int = kernel.wire.u16.unpack_from(raw, 6)[0]
         return len(raw) == (8 + length + 7) // 8 * 8

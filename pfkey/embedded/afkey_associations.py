@@ -10,7 +10,7 @@ from ..constants import Action, Direction, Mode, SAState, SAType
 from ..constants import ExtensionType as X
 from ..constants import MessageType as M
 from ..messages import Template
-from .afkey_policies import pair
+from .afkey_policies import due, pair, read_context, read_limits
 from .delivery import Receivers
 from .sad import NATT, Association
 from .spd import Entry, Packet
@@ -42,7 +42,6 @@ _FLAGS = 0x20000000 | 0x40000000 | 0x80000000
 _AUTHENTICATION_MAXIMUM, _ENCRYPTION_MAXIMUM, _COMPRESSION_MAXIMUM = 251, 253, 4
 _NULL_AUTHENTICATION, _NULL_ENCRYPTION = 251, 11
 _LARGEST_WINDOW = 32
-_UNLIMITED = 0xFFFFFFFFFFFFFFFF
 
 
 def association_key(association: Association) -> tuple[object, ...]:
@@ -92,7 +91,7 @@ def _body(kernel: EmbeddedKernel, sa: Association, *, keys: bool = True, limits:
         parts.append(wire.small(X.NAT_T_TYPE, bytes((sa.natt.type, 0, 0, 0))))
         parts.append(wire.port(X.NAT_T_SPORT, sa.natt.source_port))
         parts.append(wire.port(X.NAT_T_DPORT, sa.natt.destination_port))
-    return b"".join(parts)
+    return b"".join([*parts, sa.context])
 
 
 def _tell(kernel: EmbeddedKernel, request: Request, sa: Association, receivers: Receivers) -> None:
@@ -229,22 +228,15 @@ def _from_request(kernel: EmbeddedKernel, request: Request) -> Association:
         flags=flags & _FLAGS,
         auth_key=auth_key if auth and auth_key and auth_key[0] else None,
         encrypt_key=encrypt_key if encrypt and not compressed and encrypt_key and encrypt_key[0] else None,
-        hard=_limits(kernel, request, X.LIFETIME_HARD),
-        soft=_limits(kernel, request, X.LIFETIME_SOFT),
+        hard=read_limits(kernel, request, X.LIFETIME_HARD),
+        soft=read_limits(kernel, request, X.LIFETIME_SOFT),
         natt=_natt(kernel, request),
-        proxy=_proxy(kernel, request, source),
+        proxy=_proxy(kernel, request, source, mode),
         seq=request.seq,
+        context=read_context(request),
     )
     _check_transform(kernel, sa)
     return sa
-
-
-def _limits(kernel: EmbeddedKernel, request: Request, kind: int) -> Limits | None:
-    """The kernel's infinity is shown as no limit."""
-    if kind not in request:
-        return None
-    limits = kernel.wire.read_lifetime(request.raw(kind))
-    return limits._replace(bytes=0) if limits.bytes == _UNLIMITED else limits
 
 
 def _key(kernel: EmbeddedKernel, request: Request, kind: int, *, optional: bool) -> tuple[int, bytes] | None:
@@ -265,15 +257,21 @@ def _natt(kernel: EmbeddedKernel, request: Request) -> NATT | None:
     return NATT(request.raw(X.NAT_T_TYPE)[4], source, destination)
 
 
-def _proxy(kernel: EmbeddedKernel, request: Request, source: Endpoint) -> tuple[int, int, Endpoint] | None:
+def _proxy(kernel: EmbeddedKernel, request: Request, source: Endpoint, mode: int) -> tuple[int, int, Endpoint] | None:
     """The selector's source as replies show it: 0.0.0.0/0 by default, and nothing when it is the SA's own source."""
     if X.ADDRESS_PROXY not in request:
         end = kernel.wire.endpoint(kernel.wire.sockaddr(source.version, 0))
         assert end is not None
         return (_ANY_PROTOCOL, 0, end) if source.address else None
     _, prefixlen, given = kernel.wire.read_address(request.raw(X.ADDRESS_PROXY))
-    if given is None or given.address == source.address:
+    if given is None or given == source:
         return None
+    if given.version != source.version:
+        # A tunnel takes the other family; what it shows are the address's bytes in the shape of its own.
+        if mode == Mode.TRANSPORT:
+            raise Refused("EPROTONOSUPPORT")
+        packed = given.packed.ljust(16, b"\0")[: len(source.packed)]
+        given = Endpoint(source.version, int.from_bytes(packed, "big"), 0, 0, b"")
     return (_ANY_PROTOCOL, prefixlen, given)
 
 
@@ -289,7 +287,7 @@ def _check_transform(kernel: EmbeddedKernel, sa: Association) -> None:
         if not sa.encrypt or (sa.natt and sa.natt.type not in (1, 2)):
             raise Refused("EINVAL")
         _, _, low, high = next(row for row in kernel.profile.encryption if row[0] == sa.encrypt)
-        bits = sa.encrypt_key[0] if sa.encrypt_key else 0
+        bits = 8 * len(sa.encrypt_key[1]) if sa.encrypt_key else 0
         if not low <= bits <= high or (bits - low) % 64:
             raise Refused("EINVAL")
 
@@ -415,9 +413,9 @@ def _expiries(sa: Association) -> list[tuple[float, bool]]:
         if limits is None or (not hard and sa.state == SAState.DYING):
             continue
         if limits.addtime:
-            moments.append((sa.created + limits.addtime, hard))
+            moments.append((due(sa.created, limits.addtime), hard))
         if limits.usetime:
-            moments.append(((sa.used or inf) + limits.usetime, hard))
+            moments.append((due(sa.used or inf, limits.usetime), hard))
     return moments
 
 

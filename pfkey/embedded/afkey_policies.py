@@ -17,12 +17,26 @@ from .wire import Endpoint, Limits, Refused, Request, pad8
 if TYPE_CHECKING:
     from .kernel import EmbeddedKernel
 
-__all__ = ["add", "delete", "dump_bodies", "expire", "flush", "get", "pair", "shorten"]
+__all__ = [
+    "add",
+    "delete",
+    "due",
+    "dump_bodies",
+    "expire",
+    "flush",
+    "get",
+    "pair",
+    "read_context",
+    "read_limits",
+    "shorten",
+]
 
 _SEC_CTX = X.SEC_CTX & 0xFF
 _PROTOCOLS = (50, 51, 108, 43, 60)  # ESP, AH, IPComp; with IPv6 routing and destination options headers
 _MODES = (Mode.ANY, Mode.TRANSPORT, Mode.TUNNEL, Mode.BEET)
 _MANUAL_REQIDS = 16383
+_UNLIMITED = 0xFFFFFFFFFFFFFFFF
+_OVERFLOW = 1 << 63
 
 
 def pair(kernel: EmbeddedKernel, request: Request) -> tuple[Endpoint, Endpoint]:
@@ -69,15 +83,32 @@ def _entry(kernel: EmbeddedKernel, request: Request) -> tuple[Entry, bytes]:
         priority=priority,
         templates=(),
         created=kernel.now(),
-        hard=_limits(kernel, request, X.LIFETIME_HARD),
-        soft=_limits(kernel, request, X.LIFETIME_SOFT),
-        context=request.raw(_SEC_CTX),
+        hard=read_limits(kernel, request, X.LIFETIME_HARD),
+        soft=read_limits(kernel, request, X.LIFETIME_SOFT),
+        context=read_context(request),
     )
     return entry, raw
 
 
-def _limits(kernel: EmbeddedKernel, request: Request, kind: int) -> Limits | None:
-    return kernel.wire.read_lifetime(request.raw(kind)) if kind in request else None
+def read_context(request: Request) -> bytes:
+    """The security context extension, as a kernel with SELinux takes it: of that LSM, or EINVAL."""
+    raw = request.raw(_SEC_CTX)
+    if raw and (raw[4], raw[5]) != (1, 1):
+        raise Refused("EINVAL")
+    return raw
+
+
+def read_limits(kernel: EmbeddedKernel, request: Request, kind: int) -> Limits | None:
+    """A lifetime; all ones are the kernel's infinity, which it shows as no limit."""
+    if kind not in request:
+        return None
+    limits = kernel.wire.read_lifetime(request.raw(kind))
+    return limits._replace(bytes=0) if limits.bytes == _UNLIMITED else limits
+
+
+def due(since: float, seconds: int) -> float:
+    """When a limit of `seconds` is reached: the kernel reckons with 63 bits, so that more is in the past."""
+    return since + (seconds if seconds < _OVERFLOW else 1)
 
 
 def _read_templates(kernel: EmbeddedKernel, entry: Entry, raw: bytes) -> None:
@@ -120,17 +151,15 @@ def _read_template(kernel: EmbeddedKernel, entry: Entry, raw: bytes) -> Template
 
 
 def _new_reqid(kernel: EmbeddedKernel) -> int:
-    """The next number that no policy uses."""
-    taken = {template.reqid for entry in kernel.spd for template in entry.templates}
+    """The next number; nobody can have given it to a template by hand."""
     kernel.reqids = max(kernel.reqids + 1, kernel.profile.first_reqid)
-    while kernel.reqids in taken:
-        kernel.reqids += 1
     return kernel.reqids
 
 
 def _write_templates(kernel: EmbeddedKernel, entry: Entry) -> None:
     """What replies show.  The length in the header goes wrong when a tunnel of the other family comes before a
-    transport template: the kernel allots the latter room for one family and takes back that of the other."""
+    transport template: the kernel allots the latter room for one family and takes back that of the other.
+    """
     wire, body, last = kernel.wire, b"", len(entry.source.raw)
     for template in entry.templates:
         ends = b""
@@ -271,13 +300,13 @@ def expire(kernel: EmbeddedKernel, now: float) -> float:
     for entry in list(kernel.spd):
         if entry.hard is None:
             continue
-        due = inf
+        moment = inf
         if entry.hard.addtime:
-            due = entry.created + entry.hard.addtime
+            moment = due(entry.created, entry.hard.addtime)
         if entry.hard.usetime:
-            due = min(due, (entry.used or entry.created) + entry.hard.usetime)
-        if due <= now:
+            moment = min(moment, due(entry.used or entry.created, entry.hard.usetime))
+        if moment <= now:
             _remove(kernel, entry, "expired")
         else:
-            following = min(following, due)
+            following = min(following, moment)
     return following

@@ -47,7 +47,7 @@ _SIZES = {
     X.SENSITIVITY: (16, 0), X.PROPOSAL: (8, 0), X.SUPPORTED_AUTH: (8, 0), X.SUPPORTED_ENCRYPT: (8, 0),
     X.SPIRANGE: (16, 16), X.POLICY: (16, 0), X.SA2: (16, 16), X.NAT_T_TYPE: (8, 8), X.NAT_T_SPORT: (8, 8),
     X.NAT_T_DPORT: (8, 8), X.NAT_T_FRAG & 0xFF: (8, 8), X.SA_REPLAY & 0xFF: (8, 8),
-    **{number: (8, 0) for number in _ADDRESSES},
+    **dict.fromkeys(_ADDRESSES, (8, 0)),
 }  # fmt: skip
 
 

@@ -194,7 +194,8 @@ def add(kernel: EmbeddedKernel, request: Request) -> None:
 
 def _swap(kernel: EmbeddedKernel, old: Entry, new: Entry) -> None:
     """Detach and insert under one lock.  Whoever looks a policy up waits for it; whether the direction has any policy
-    at all is asked without the lock, so an update of the only one can be caught in between."""
+    at all is asked without the lock, so an update of the only one can be caught in between.
+    """
     kernel.spd.unlink(old)
     if kernel.profile.sole_policy_glimpse and not kernel.spd.in_order(old.direction):
         kernel.step("detached")

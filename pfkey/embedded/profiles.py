@@ -45,8 +45,9 @@ class Profile:
     update: Update
     update_keeps_place: bool
     """Among equal priorities an updated policy stays where it was (Linux 6.1); else it goes behind them."""
-    hosts_lose_ties: bool
-    """A policy between two single addresses loses a tie against one with a prefix, whatever their age (Linux 6.1)."""
+    hosts_apart: bool
+    """Policies between two single addresses have a table of their own.  At equal priority they win against all prefix
+    policies of the direction but the very first one, whatever their age (Linux 6.1)."""
     sole_policy_glimpse: bool
     """While SPDUPDATE swaps the only policy of its direction, a packet that looks at the list head without the lock
     (key_havesp) finds none and leaves in clear (FreeBSD 14)."""
@@ -86,7 +87,7 @@ LINUX_6_1 = Profile(
     dialect=Dialect.AF_KEY,
     update=Update.REPLACE,
     update_keeps_place=True,
-    hosts_lose_ties=True,
+    hosts_apart=True,
     sole_policy_glimpse=False,
     first_reqid=16384,
     default_level_protects=True,
@@ -107,7 +108,7 @@ FREEBSD_12 = Profile(
     dialect=Dialect.KAME,
     update=Update.UNLINK_FIRST,
     update_keeps_place=False,
-    hosts_lose_ties=False,
+    hosts_apart=False,
     sole_policy_glimpse=False,
     first_reqid=16385,  # the counter starts at 16384 and is raised before it is used
     default_level_protects=False,

@@ -49,6 +49,8 @@ class Association:
     natt: NATT | None = None
     proxy: tuple[int, int, Endpoint] | None = None
     """Linux: protocol, prefix length and address of the selector's source; None when it equals the SA's source."""
+    context: bytes = b""
+    """Linux: the security context extension."""
     seq: int = 0
     pid: int = 0
     used: float = 0.0

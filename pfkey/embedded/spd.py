@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from heapq import merge
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 from typing import NamedTuple
 
@@ -62,7 +63,7 @@ class Entry:
     body: bytes | None = None
     """The extensions of a reply or dump, kept until something in them changes."""
     _shown: Policy | None = field(default=None, repr=False)
-    _key: tuple[int, int, int] = (0, 0, 0)
+    _key: tuple[int, int] = (0, 0)
     _source_bits: int = 0
     _source_shift: int = 0
     _destination_bits: int = 0
@@ -149,6 +150,30 @@ def _interface(side: Endpoint, prefix: int) -> IPv4Interface | IPv6Interface:
     return ip_interface((side.ip, prefix))
 
 
+class _Table:
+    """Entries sorted by priority, and by age among equals."""
+
+    def __init__(self) -> None:
+        self.keys: list[tuple[int, int]] = []
+        self.entries: list[Entry] = []
+
+    def insert(self, entry: Entry) -> None:
+        position = bisect_left(self.keys, entry._key)
+        self.keys.insert(position, entry._key)
+        self.entries.insert(position, entry)
+
+    def remove(self, entry: Entry) -> None:
+        position = bisect_left(self.keys, entry._key)
+        del self.keys[position]
+        del self.entries[position]
+
+    def match(self, packet: Packet) -> Entry | None:
+        for entry in self.entries:
+            if entry.matches(packet):
+                return entry
+        return None
+
+
 class PolicyDatabase:
     """The policies of one kernel, by identity, by id, and in match order for each direction."""
 
@@ -156,9 +181,12 @@ class PolicyDatabase:
         self._profile = profile
         self._identities: dict[tuple[object, ...], Entry] = {}  # in the order of linking
         self._ids: dict[int, Entry] = {}
-        self._keys: dict[int, list[tuple[int, int, int]]] = {direction: [] for direction in Direction}
-        self._ordered: dict[int, list[Entry]] = {direction: [] for direction in Direction}
         self._links = 0
+        self._tables = {direction: _Table() for direction in Direction}
+        self._hosts = {direction: _Table() for direction in Direction}
+        # Linux 6.1 numbers the prefix policies of a direction anew whenever it links one.  The first gets 0, the number
+        # that policies between hosts always have; at equal priority the smaller number wins, and 0 against 0 the prefix.
+        self._first: dict[int, Entry | None] = dict.fromkeys(Direction)
 
     def __len__(self) -> int:
         return len(self._identities)
@@ -173,7 +201,21 @@ class PolicyDatabase:
 
     def in_order(self, direction: int) -> list[Entry]:
         """Those of a direction, in the order in which a packet tries them."""
-        return list(self._ordered.get(direction, ()))
+        entries = self._tables[Direction(direction)].entries
+        hosts = self._hosts[Direction(direction)].entries
+        return list(merge(entries, hosts, key=self._rank)) if hosts else list(entries)
+
+    def _rank(self, entry: Entry) -> tuple[int, int, int]:
+        """The whole match order as a number: the numbered-0 prefix policy, the hosts, the other prefix policies."""
+        priority, link = entry._key
+        tie = 0 if entry is self._first[entry.direction] else 1 if self._apart(entry) else 2
+        return (priority, tie, link)
+
+    def _apart(self, entry: Entry) -> bool:
+        return self._profile.hosts_apart and entry.between_hosts
+
+    def _table(self, entry: Entry) -> _Table:
+        return (self._hosts if self._apart(entry) else self._tables)[Direction(entry.direction)]
 
     def find(self, identity: tuple[object, ...]) -> Entry | None:
         """The policy of exactly this selector and direction."""
@@ -186,22 +228,19 @@ class PolicyDatabase:
     def link(self, entry: Entry, place_of: Entry | None = None) -> None:
         """Put it where its priority belongs: behind its equals, or where `place_of` stood among them."""
         self._links += 1
-        priority = entry.priority if self._profile.abi.has_priority else 0
-        tie = int(self._profile.hosts_lose_ties and entry.between_hosts)
-        entry._key = (priority, tie, self._links)
-        if place_of is not None and self._profile.update_keeps_place and place_of._key[:2] == entry._key[:2]:
+        entry._key = (entry.priority if self._profile.abi.has_priority else 0, self._links)
+        if place_of is not None and self._profile.update_keeps_place and place_of._key[0] == entry._key[0]:
             entry._key = place_of._key
-        position = bisect_left(self._keys[entry.direction], entry._key)
-        self._keys[entry.direction].insert(position, entry._key)
-        self._ordered[entry.direction].insert(position, entry)
+        table = self._table(entry)
+        table.insert(entry)
         self._identities[entry.identity] = entry
         self._ids[entry.id] = entry
+        if not self._apart(entry):
+            self._first[entry.direction] = table.entries[0]
 
     def unlink(self, entry: Entry) -> None:
         """Take it out: no packet finds it any more."""
-        position = bisect_left(self._keys[entry.direction], entry._key)
-        del self._keys[entry.direction][position]
-        del self._ordered[entry.direction][position]
+        self._table(entry).remove(entry)
         del self._identities[entry.identity]
         del self._ids[entry.id]
         entry.dead = True
@@ -211,12 +250,16 @@ class PolicyDatabase:
 
         The new one is at the end of the order of linking, which is the front of a Linux dump.
         """
+        head = self._table(old).entries[0]
         self.unlink(old)
         self.link(new, place_of=old)
+        if head is old and new._key > old._key and not self._apart(new):
+            self._first[new.direction] = None  # the old one was still there, and first, when the numbers were given
 
     def match(self, direction: int, packet: Packet) -> Entry | None:
         """The first policy that the packet meets."""
-        for entry in self._ordered.get(direction, ()):
-            if entry.matches(packet):
-                return entry
-        return None
+        entry = self._tables[Direction(direction)].match(packet)
+        host = self._hosts[Direction(direction)].match(packet)
+        if entry is None or host is None:
+            return entry or host
+        return min(entry, host, key=self._rank)
