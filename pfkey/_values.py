@@ -34,7 +34,7 @@ def enum_or_int(table: dict[int, Any], number: int) -> Any:
 
 
 class Blob:
-    """The variable parts of a message under construction, each on an 8-byte boundary behind the header it belongs to."""
+    """The variable parts of a message under construction, each on an 8-byte boundary behind its header."""
 
     __slots__ = ("abi", "data")
 
@@ -46,7 +46,7 @@ class Blob:
         """Start an extension; returns its offset in words."""
         self.data += bytes(-len(self.data) % 8)
         offset = len(self.data) // 8
-        self.data += bytes(2) + number.to_bytes(2, cast(Any, self.abi.byteorder)) + bytes(4)
+        self.data += bytes(2) + number.to_bytes(2, self.abi.byteorder) + bytes(4)
         return offset
 
     def part(self, content: bytes) -> tuple[int, int]:
@@ -64,12 +64,12 @@ class Blob:
         words = len(self.data) // 8 - offset
         if words > 0xFFFF:
             raise EncodeError(f"extension {number} has {len(content)} bytes; at most 524276 fit")
-        self.data[8 * offset : 8 * offset + 2] = words.to_bytes(2, cast(Any, self.abi.byteorder))
+        self.data[8 * offset : 8 * offset + 2] = words.to_bytes(2, self.abi.byteorder)
         return offset
 
 
 def _read_sa(record: bytes, data: bytes, abi: Abi, which: int) -> SA:
-    spi, replay, state, auth, encrypt, flags = cast(tuple[int, ...], layout.SA.read(record))
+    spi, replay, state, auth, encrypt, flags = cast("tuple[int, ...]", layout.SA.read(record))
     return SA(spi, replay, enum_or_int(_STATES, state), auth, encrypt, SAFlag(flags))
 
 
@@ -78,7 +78,7 @@ def _write_sa(value: SA, record: bytearray, blob: Blob, which: int) -> None:
 
 
 def _read_lifetime(record: bytes, data: bytes, abi: Abi, which: int) -> Lifetime:
-    size, addtime, usetime, allocations, _ = cast(tuple[int, ...], layout.LIFETIME.read(record, which))
+    size, addtime, usetime, allocations, _ = cast("tuple[int, ...]", layout.LIFETIME.read(record, which))
     return Lifetime(allocations, size, addtime, usetime)
 
 
@@ -87,7 +87,9 @@ def _write_lifetime(value: Lifetime, record: bytearray, blob: Blob, which: int) 
 
 
 def _read_address(record: bytes, data: bytes, abi: Abi, which: int) -> Address:
-    protocol, prefixlen, _, port, version, _, flowinfo, scope_id, raw, _ = cast(Any, layout.ADDRESS.read(record, which))
+    protocol, prefixlen, _, port, version, _, flowinfo, scope_id, raw, _ = cast(
+        "Any", layout.ADDRESS.read(record, which)
+    )
     address: IPAddress = IPv4Address(raw[:4]) if version == 4 else IPv6Address(raw)
     return Address(address, prefixlen, protocol, port, scope_id, flowinfo)
 
@@ -113,7 +115,7 @@ def _write_address(value: Address, record: bytearray, blob: Blob, which: int) ->
 
 
 def _read_key(record: bytes, data: bytes, abi: Abi, which: int) -> Key:
-    bits, _, offset, _ = cast(tuple[int, ...], layout.KEY.read(record, which))
+    bits, _, offset, _ = cast("tuple[int, ...]", layout.KEY.read(record, which))
     return Key(data[offset : offset + (bits + 7) // 8], bits)
 
 
@@ -126,7 +128,7 @@ def _write_key(value: Key, record: bytearray, blob: Blob, which: int) -> None:
 
 
 def _read_spi_range(record: bytes, data: bytes, abi: Abi, which: int) -> SPIRange:
-    minimum, maximum, _ = cast(tuple[int, ...], layout.SPIRANGE.read(record))
+    minimum, maximum, _ = cast("tuple[int, ...]", layout.SPIRANGE.read(record))
     return SPIRange(minimum, maximum)
 
 
@@ -135,7 +137,7 @@ def _write_spi_range(value: SPIRange, record: bytearray, blob: Blob, which: int)
 
 
 def _read_supported(record: bytes, data: bytes, abi: Abi, which: int) -> tuple[Algorithm, ...]:
-    _, offset, length = cast(tuple[int, ...], layout.SUPPORTED.read(record, which))
+    _, offset, length = cast("tuple[int, ...]", layout.SUPPORTED.read(record, which))
     rows = _ALGORITHM[abi.byteorder].iter_unpack(data[offset : offset + length])
     return tuple(Algorithm(number, iv, low, high) for number, iv, low, high, _ in rows)
 
@@ -147,7 +149,7 @@ def _write_supported(value: tuple[Algorithm, ...], record: bytearray, blob: Blob
 
 
 def _read_sa2(record: bytes, data: bytes, abi: Abi, which: int) -> SA2:
-    mode, _, _, sequence, reqid = cast(tuple[int, ...], layout.SA2.read(record))
+    mode, _, _, sequence, reqid = cast("tuple[int, ...]", layout.SA2.read(record))
     return SA2(enum_or_int(_MODES, mode), sequence, reqid)
 
 
@@ -156,7 +158,7 @@ def _write_sa2(value: SA2, record: bytearray, blob: Blob, which: int) -> None:
 
 
 def _read_nat_t_type(record: bytes, data: bytes, abi: Abi, which: int) -> int:
-    return cast(int, layout.NAT_T_TYPE.read(record)[0])
+    return cast("int", layout.NAT_T_TYPE.read(record)[0])
 
 
 def _write_nat_t_type(value: int, record: bytearray, blob: Blob, which: int) -> None:
@@ -164,7 +166,7 @@ def _write_nat_t_type(value: int, record: bytearray, blob: Blob, which: int) -> 
 
 
 def _read_nat_t_port(record: bytes, data: bytes, abi: Abi, which: int) -> int:
-    return cast(int, layout.NAT_T_PORT.read(record, which)[0])
+    return cast("int", layout.NAT_T_PORT.read(record, which)[0])
 
 
 def _write_nat_t_port(value: int, record: bytearray, blob: Blob, which: int) -> None:
@@ -172,7 +174,7 @@ def _write_nat_t_port(value: int, record: bytearray, blob: Blob, which: int) -> 
 
 
 def _read_replay(record: bytes, data: bytes, abi: Abi, which: int) -> int:
-    return cast(int, layout.REPLAY.read(record)[0])
+    return cast("int", layout.REPLAY.read(record)[0])
 
 
 def _write_replay(value: int, record: bytearray, blob: Blob, which: int) -> None:
@@ -180,7 +182,7 @@ def _write_replay(value: int, record: bytearray, blob: Blob, which: int) -> None
 
 
 def _read_policy(record: bytes, data: bytes, abi: Abi, which: int) -> PolicyExtension:
-    action, direction, scope, number, priority, offset, length = cast(tuple[int, ...], layout.POLICY.read(record))
+    action, direction, scope, number, priority, offset, length = cast("tuple[int, ...]", layout.POLICY.read(record))
     return PolicyExtension(
         enum_or_int(_ACTIONS, action),
         enum_or_int(_DIRECTIONS, direction),
@@ -234,7 +236,7 @@ def _templates(data: bytes, start: int, end: int, abi: Abi) -> tuple[Template, .
 
 
 def _sockaddr(data: bytes, at: int, abi: Abi) -> IPAddress:
-    family = data[at + 1] if abi.sockaddr_has_length else int.from_bytes(data[at : at + 2], cast(Any, abi.byteorder))
+    family = data[at + 1] if abi.sockaddr_has_length else int.from_bytes(data[at : at + 2], abi.byteorder)
     if family == abi.af_inet:
         return IPv4Address(data[at + 4 : at + 8])
     return IPv6Address(data[at + 8 : at + 24])
@@ -266,7 +268,7 @@ def _request(template: Template, abi: Abi) -> bytes:
 
 def _packed_sockaddr(address: IPAddress, abi: Abi) -> bytes:
     length, family = (16, abi.af_inet) if address.version == 4 else (28, abi.af_inet6)
-    head = bytes((length, family)) if abi.sockaddr_has_length else family.to_bytes(2, cast(Any, abi.byteorder))
+    head = bytes((length, family)) if abi.sockaddr_has_length else family.to_bytes(2, abi.byteorder)
     if address.version == 4:
         return head + bytes(2) + address.packed + bytes(8)
     return head + bytes(6) + address.packed + bytes(4)

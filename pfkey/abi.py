@@ -14,11 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from types import MappingProxyType
+from typing import Literal
 
 from .constants import Direction, ExtensionType, Level, MessageType
 from .errors import NotSupported
 
 __all__ = ["Abi"]
+
+ByteOrder = Literal["little", "big"]
 
 _COMMON_EXTENSIONS = {int(kind): kind for kind in ExtensionType if kind < 0x100}
 _LINUX_EXTENSIONS = _COMMON_EXTENSIONS | {kind & 0xFF: kind for kind in ExtensionType if kind >> 8 == 1}
@@ -29,7 +32,7 @@ _COMMON_ERRORS = {
     14: "EFAULT", 16: "EBUSY", 17: "EEXIST", 22: "EINVAL", 28: "ENOSPC", 32: "EPIPE", 34: "ERANGE",
 }  # fmt: skip
 _LINUX_ERRORS = _COMMON_ERRORS | {
-    11: "EAGAIN", 38: "ENOSYS", 40: "ELOOP", 75: "EOVERFLOW", 90: "EMSGSIZE", 92: "ENOPROTOOPT",
+    11: "EAGAIN", 38: "ENOSYS", 40: "ELOOP", 61: "ENODATA", 75: "EOVERFLOW", 90: "EMSGSIZE", 92: "ENOPROTOOPT",
     93: "EPROTONOSUPPORT", 94: "ESOCKTNOSUPPORT", 95: "EOPNOTSUPP", 97: "EAFNOSUPPORT", 98: "EADDRINUSE",
     99: "EADDRNOTAVAIL", 100: "ENETDOWN", 105: "ENOBUFS", 110: "ETIMEDOUT",
 }  # fmt: skip
@@ -72,7 +75,7 @@ class Abi:
     """The system: "linux" or "freebsd"."""
     release: tuple[int, ...]
     """The release whose behaviour this describes, (14, 3) for example; empty where it makes no difference."""
-    byteorder: str
+    byteorder: ByteOrder
     """"little" or "big": everything but SPIs, ports and addresses is in the host's order."""
 
     # Numbers.
@@ -112,6 +115,10 @@ class Abi:
     """Level USE is accepted for tunnels of outbound policies (Linux answers EINVAL)."""
     empty_ipsec_is_bypass: bool = field(repr=False)
     """IPSEC without templates is accepted and lets packets through in clear (Linux 6.1); others answer EINVAL."""
+    icmp_zero_is_any: bool = field(repr=False)
+    """ICMP type 0 in a selector matches any type: it travels in the source port, where 0 is any."""
+    has_soft_policy_lifetime: bool = field(repr=False)
+    """A policy may have a soft lifetime (Linux)."""
     replay_in_bytes: bool = field(repr=False)
     """sadb_sa_replay counts bytes of bitmap, eight packets each (the BSDs), not packets (Linux)."""
     maximum_replay_window: int = field(repr=False)
@@ -189,7 +196,7 @@ class Abi:
 
     @staticmethod
     @cache
-    def linux(byteorder: str = sys.byteorder) -> Abi:
+    def linux(byteorder: ByteOrder = sys.byteorder) -> Abi:
         """af_key of Linux (measured on 6.1)."""
         return Abi(
             name="linux",
@@ -215,6 +222,8 @@ class Abi:
             reqid_needs_unique=True,
             use_level_in_outbound_tunnel=False,
             empty_ipsec_is_bypass=True,
+            icmp_zero_is_any=True,
+            has_soft_policy_lifetime=True,
             replay_in_bytes=False,
             maximum_replay_window=32,
             update_unlinks_first=False,
@@ -230,7 +239,7 @@ class Abi:
         )
 
     @staticmethod
-    def freebsd(release: int | float | str | tuple[int, ...] = 14, byteorder: str = sys.byteorder) -> Abi:
+    def freebsd(release: float | str | tuple[int, ...] = 14, byteorder: ByteOrder = sys.byteorder) -> Abi:
         """FreeBSD 12 and later: a release (13, "14.3") or the number that `sysctl kern.osreldate` prints (1403000)."""
         return _freebsd(_freebsd_release(release), _checked_order(byteorder))
 
@@ -246,18 +255,18 @@ class Abi:
         if host.sysname == "FreeBSD":
             return Abi.freebsd(host.release)
         raise NotSupported(
-            f"{host.sysname} {host.release} is not a system whose PF_KEYv2 this package speaks (Linux, FreeBSD 12 and later);"
-            " name one of those, or pass a channel that has an abi"
+            f"{host.sysname} {host.release} is not a system whose PF_KEYv2 this package speaks (Linux, FreeBSD 12 and"
+            " later); name one of those, or pass a channel that has an abi"
         )
 
 
-def _checked_order(byteorder: str) -> str:
+def _checked_order(byteorder: ByteOrder) -> ByteOrder:
     if byteorder not in ("little", "big"):
         raise ValueError(f"byteorder is 'little' or 'big', not {byteorder!r}")
     return byteorder
 
 
-def _freebsd_release(release: int | float | str | tuple[int, ...]) -> tuple[int, ...]:
+def _freebsd_release(release: float | str | tuple[int, ...]) -> tuple[int, ...]:
     """(13, 2) from 13.2, "13.2-RELEASE", 1302001 or (13, 2); only what changes the description is kept."""
     if isinstance(release, tuple):
         parts = release
@@ -271,7 +280,7 @@ def _freebsd_release(release: int | float | str | tuple[int, ...]) -> tuple[int,
 
 
 @cache
-def _freebsd(release: tuple[int, ...], byteorder: str) -> Abi:
+def _freebsd(release: tuple[int, ...], byteorder: ByteOrder) -> Abi:
     # The update became atomic somewhere between 13.0 and 14.3; 14.0 to 14.2 were never read and count as they were.
     atomic = release == (14,) or release >= (14, 3)
     chacha = {"chacha20-poly1305": 14} if release >= (14,) else {}
@@ -300,6 +309,8 @@ def _freebsd(release: tuple[int, ...], byteorder: str) -> Abi:
         reqid_needs_unique=False,
         use_level_in_outbound_tunnel=True,
         empty_ipsec_is_bypass=False,
+        icmp_zero_is_any=True,
+        has_soft_policy_lifetime=False,
         replay_in_bytes=True,
         maximum_replay_window=(1 << 32) - 33,
         update_unlinks_first=not atomic,

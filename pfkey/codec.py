@@ -15,7 +15,18 @@ from .constants import PF_KEY_V2, ExtensionType, MessageType, Mode, SAState, SAT
 from .errors import DecodeError, EncodeError
 from .messages import SA, SA2, Address, Lifetime, PolicyExtension
 
-__all__ = ["Message", "decode", "decode_many", "encode", "pf_key", "receive_many", "send_many"]
+__all__ = [
+    "Arena",
+    "Message",
+    "Messages",
+    "Value",
+    "decode",
+    "decode_many",
+    "encode",
+    "pf_key",
+    "receive_many",
+    "send_many",
+]
 
 if ffi.sizeof("struct pfk_record") != layout.SIZE:
     raise ImportError("the compiled core and _record.py do not describe the same record; build the package again")
@@ -64,8 +75,8 @@ class Message:
     """One PF_KEY message of one system: a header and extensions, in order.
 
     `extensions` maps what each extension is (or its number, where this Abi does not know it) to its value: SA, SA2,
-    Lifetime, Address, Key, SPIRange, PolicyExtension, a tuple of Algorithm for the supported ones, an int for NAT-T type
-    and ports and for the replay window; bytes, everything behind its 4-byte header, for every other.  When building a
+    Lifetime, Address, Key, SPIRange, PolicyExtension, a tuple of Algorithm for the supported ones, an int for NAT-T
+    type and ports and for the replay window; bytes, everything behind its 4-byte header, for every other.  When building a
     message bytes are accepted for any extension; they are padded to a multiple of 8 and not checked.
 
     Messages do not change.  Values are made when they are first asked for.
@@ -140,17 +151,17 @@ class Message:
     @property
     def reserved(self) -> int:
         """sadb_msg_reserved: kernels put a reference count there."""
-        return cast(int, layout.HEADER.read(self._record)[5])
+        return cast("int", layout.HEADER.read(self._record)[5])
 
     @property
     def seq(self) -> int:
         """The sequence number that pairs requests with replies; in a dump it counts."""
-        return cast(int, layout.HEADER.read(self._record)[6])
+        return cast("int", layout.HEADER.read(self._record)[6])
 
     @property
     def pid(self) -> int:
         """The process that asked; 0 when the kernel speaks by itself."""
-        return cast(int, layout.HEADER.read(self._record)[7])
+        return cast("int", layout.HEADER.read(self._record)[7])
 
     def replace(self, **header: int) -> Message:
         """The same extensions under another header: any of version, type, errno, satype, reserved, seq, pid."""
@@ -171,13 +182,13 @@ class Message:
             known = self.abi.extensions
             values = {known.get(number, number): self._value(number, offset) for number, offset in self._walk()}
             object.__setattr__(self, "_cache", MappingProxyType(values))
-        return cast(Mapping[ExtensionType | int, Value], self._cache)
+        return cast("Mapping[ExtensionType | int, Value]", self._cache)
 
     def get(self, kind: ExtensionType | int) -> Any:
         """The value of one extension, or None; the others are not made."""
-        slot = layout.SLOTS.get(cast(ExtensionType, kind))
+        slot = layout.SLOTS.get(cast("ExtensionType", kind))
         if slot is not None and self._present >> slot.number & 1:
-            return VALUES[cast(ExtensionType, kind)].read(self._record, self._data, self.abi, slot.which)
+            return VALUES[cast("ExtensionType", kind)].read(self._record, self._data, self.abi, slot.which)
         wanted = self._number(kind)
         for number, offset in self._walk():
             if number == wanted:
@@ -185,12 +196,12 @@ class Message:
         return None
 
     def __contains__(self, kind: object) -> bool:
-        wanted = self._number(cast(int, kind))
+        wanted = self._number(cast("int", kind))
         return any(number == wanted for number, _ in self._walk())
 
     def raw(self, kind: ExtensionType | int) -> bytes:
         """A whole extension as it is on the wire, header included; KeyError when it is not here."""
-        data, wanted, order = encode(self), self._number(kind), cast(Any, self.abi.byteorder)
+        data, wanted, order = encode(self), self._number(kind), self.abi.byteorder
         start = 16
         for number, _ in self._walk():
             end = start + 8 * int.from_bytes(data[start : start + 2], order)
@@ -202,7 +213,7 @@ class Message:
     @property
     def body(self) -> bytes:
         """What follows the header of a PROMISC message: another message; empty for every other type."""
-        offset, length = cast(tuple[int, int], layout.BODY.read(self._record))
+        offset, length = cast("tuple[int, int]", layout.BODY.read(self._record))
         return self._data[offset : offset + length]
 
     # Shorthands; None where the message does not have it.
@@ -220,26 +231,26 @@ class Message:
     @property
     def spi(self) -> int | None:
         """The SPI of the SA, as a number."""
-        return cast(int, layout.SA.read(self._record)[0]) if self._has(ExtensionType.SA) else None
+        return cast("int", layout.SA.read(self._record)[0]) if self._has(ExtensionType.SA) else None
 
     @property
     def state(self) -> SAState | int | None:
         """The state of the SA."""
         if not self._has(ExtensionType.SA):
             return None
-        return cast("SAState | int", enum_or_int(_STATES, cast(int, layout.SA.read(self._record)[2])))
+        return cast("SAState | int", enum_or_int(_STATES, cast("int", layout.SA.read(self._record)[2])))
 
     @property
     def mode(self) -> Mode | int | None:
         """The mode of the SA."""
         if not self._has(ExtensionType.SA2):
             return None
-        return cast("Mode | int", enum_or_int(_MODES, cast(int, layout.SA2.read(self._record)[0])))
+        return cast("Mode | int", enum_or_int(_MODES, cast("int", layout.SA2.read(self._record)[0])))
 
     @property
     def reqid(self) -> int | None:
         """The reqid of the SA."""
-        return cast(int, layout.SA2.read(self._record)[4]) if self._has(ExtensionType.SA2) else None
+        return cast("int", layout.SA2.read(self._record)[4]) if self._has(ExtensionType.SA2) else None
 
     @property
     def source(self) -> Address | None:
@@ -277,7 +288,7 @@ class Message:
 
     @property
     def _present(self) -> int:
-        return cast(int, layout.COUNTS.read(self._record)[0])
+        return cast("int", layout.COUNTS.read(self._record)[0])
 
     def _has(self, kind: ExtensionType) -> bool:
         return bool(self._present >> layout.SLOTS[kind].number & 1)
@@ -290,13 +301,13 @@ class Message:
 
     def _walk(self) -> Iterator[tuple[int, int]]:
         """(number on the wire, offset in words) of each extension."""
-        _, count, _ = cast(tuple[int, ...], layout.COUNTS.read(self._record))
-        order = cast(Any, self.abi.byteorder)
-        for offset in cast(tuple[int, ...], layout.OFFSETS.read(self._record)[:count]):
+        _, count, _ = cast("tuple[int, ...]", layout.COUNTS.read(self._record))
+        order = self.abi.byteorder
+        for offset in cast("tuple[int, ...]", layout.OFFSETS.read(self._record)[:count]):
             yield int.from_bytes(self._data[8 * offset + 2 : 8 * offset + 4], order), offset
 
     def _words(self, offset: int) -> int:
-        return int.from_bytes(self._data[8 * offset : 8 * offset + 2], cast(Any, self.abi.byteorder))
+        return int.from_bytes(self._data[8 * offset : 8 * offset + 2], self.abi.byteorder)
 
     def _value(self, number: int, offset: int) -> Value:
         kind = self.abi.extensions.get(number)
@@ -358,12 +369,12 @@ def _put(kind: ExtensionType | int, value: Value, record: bytearray, blob: Blob)
     if isinstance(value, (bytes, bytearray, memoryview)):
         return blob.raw(number, bytes(value)), 0
     name = kind.name if isinstance(kind, ExtensionType) else str(kind)
-    form = VALUES.get(cast(ExtensionType, kind))
+    form = VALUES.get(cast("ExtensionType", kind))
     if form is None:
         raise EncodeError(f"extension {name} takes bytes (what follows its 4-byte header), not {type(value).__name__}")
     if not isinstance(value, form.type):
         raise EncodeError(f"extension {name} does not take a {type(value).__name__}")
-    slot = layout.SLOTS[cast(ExtensionType, kind)]
+    slot = layout.SLOTS[cast("ExtensionType", kind)]
     offset = blob.begin(number)
     try:
         form.write(value, record, blob, slot.which)
@@ -478,7 +489,7 @@ def decode_many(datagrams: Iterable[bytes], abi: Abi) -> Messages:
 
 
 def _reason(number: int) -> str:
-    return cast(bytes, ffi.string(lib.pfk_reason(number))).decode()
+    return cast("bytes", ffi.string(lib.pfk_reason(number))).decode()
 
 
 def _decode_error(fault: Any, abi: Abi, prefix: str = "") -> DecodeError:
@@ -497,7 +508,7 @@ def _type_name(message: Message) -> str:
 
 def pf_key() -> int:
     """This host's PF_KEY, or -1 where its headers have none."""
-    return cast(int, lib.pfk_pf_key())
+    return cast("int", lib.pfk_pf_key())
 
 
 def send_many(fd: int, messages: Sequence[bytes]) -> tuple[int, int]:
@@ -526,7 +537,7 @@ class Arena:
             fd, self._buffer, self.size, self._lengths, min(limit, self.count), wait, self._error
         )
         if count < 0:
-            return [], [], cast(int, self._error[0])
+            return [], [], cast("int", self._error[0])
         whole, cut = [], []
         for index in range(count):
             length = self._lengths[index]

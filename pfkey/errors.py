@@ -51,6 +51,7 @@ class KernelError(PFKeyError, OSError):
     `errno` is this host's number for the error's name, so that it compares with the `errno` module; `kernel_errno`
     is the number that the kernel used (FreeBSD's EPROTONOSUPPORT is 43, Linux's is 93), `name` the error's name.
     `request` is the message that was refused, `reply` the kernel's answer or None when the send itself failed.
+    `outcome_unknown` says that the work may have been done all the same (ENOBUFS from a send).
     Errors that Python has a class for are instances of it too: `except FileExistsError` catches EEXIST.
     """
 
@@ -58,6 +59,7 @@ class KernelError(PFKeyError, OSError):
     name: str = ""
     request: Any = None
     reply: Any = None
+    outcome_unknown: bool = False
 
     def __str__(self) -> str:
         return str(self.strerror)

@@ -294,10 +294,7 @@ class PolicyTracker:
         policy, image = tracked.policy(top), tracked.image(top)
         tracked.installed = before.doubted(tried=image)
         try:
-            if step is Step.ADD:
-                echo = self._kernel.add_policy(policy)
-            else:
-                echo = self._update(policy)
+            echo = self._kernel.add_policy(policy) if step is Step.ADD else self._update(policy)
         except KernelError as error:
             if not _outcome_unknown(error):
                 self._note_rejection(tracked, step, error, before)
@@ -439,7 +436,7 @@ def _is(tracked: TrackedPolicy, policy: Policy) -> bool:
 
 def _outcome_unknown(error: KernelError) -> bool:
     """Whether the kernel may have done the work all the same (ENOBUFS from a send)."""
-    return bool(getattr(error, "outcome_unknown", False))
+    return error.outcome_unknown
 
 
 def _image_text(image: Image) -> str:

@@ -5,7 +5,6 @@ Plain frozen values without a system of their own; the codec turns them into the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from ipaddress import (
     IPv4Address,
@@ -17,7 +16,6 @@ from ipaddress import (
     ip_address,
     ip_interface,
 )
-from typing import Literal
 
 from .constants import (
     Action,
@@ -219,7 +217,8 @@ class Template:
     """One transform that a policy asks for: which protocol, in which mode, between whom, by which SAs.
 
     `source` and `destination` are the tunnel's end points, None in transport mode.  `reqid` ties the template to the
-    SAs of the same reqid; `level` None is UNIQUE when there is a reqid and REQUIRE otherwise.
+    SAs of the same reqid; `level` is UNIQUE when there is a reqid and REQUIRE
+    otherwise, unless it is given.
     """
 
     protocol: SAProtocol | int = SAProtocol.ESP
@@ -227,10 +226,10 @@ class Template:
     source: IPAddress | None = None
     destination: IPAddress | None = None
     reqid: int = 0
-    level: Level | int = None  # type: ignore[assignment]  # resolved below
+    level: Level | int = -1
 
     def __post_init__(self) -> None:
-        if self.level is None:
+        if self.level < 0:
             object.__setattr__(self, "level", Level.UNIQUE if self.reqid else Level.REQUIRE)
 
     @classmethod
@@ -247,14 +246,14 @@ class Template:
         source, destination = ip_address(source), ip_address(destination)
         if source.version != destination.version:
             raise ValueError(f"the two ends of a tunnel have one address family, not {source} - {destination}")
-        return cls(protocol, Mode.TUNNEL, source, destination, reqid, level)  # type: ignore[arg-type]
+        return cls(protocol, Mode.TUNNEL, source, destination, reqid, -1 if level is None else level)
 
     @classmethod
     def transport(
         cls, *, reqid: int = 0, protocol: SAProtocol | int = SAProtocol.ESP, level: Level | None = None
     ) -> Template:
         """The payload of packets between the two hosts themselves."""
-        return cls(protocol, Mode.TRANSPORT, None, None, reqid, level)  # type: ignore[arg-type]
+        return cls(protocol, Mode.TRANSPORT, None, None, reqid, -1 if level is None else level)
 
     def reversed(self) -> Template:
         """The same transform for the packets of the other direction: the end points change sides."""
@@ -310,8 +309,7 @@ class Policy:
     scope: PolicyScope | int = 0
 
     def __post_init__(self) -> None:
-        templates: Iterable[Template] = (self.templates,) if isinstance(self.templates, Template) else self.templates
-        object.__setattr__(self, "templates", tuple(templates))
+        object.__setattr__(self, "templates", tuple(self.templates))
 
     def __str__(self) -> str:
         text = f"{_lower(Direction, self.direction)} {self.selector} {_lower(Action, self.action)}"
@@ -450,6 +448,3 @@ class PolicyExtension:
     priority: int = 0
     templates: tuple[Template, ...] = ()
     scope: PolicyScope | int = 0
-
-
-ByteOrder = Literal["little", "big"]

@@ -21,7 +21,7 @@ __all__ = ["Assignment", "Image", "Installed", "State", "Step", "TrackedPolicy",
 
 
 class Assignment:
-    """ "This SA (or trap, or shunt) uses this policy."
+    """One use of a policy: "this SA (or trap, or shunt) uses it".
 
     `templates` are what the policy asks for while this assignment is on top.  `spi` tells assignments of a rekeying
     apart: one number, or one for each template (a CPI for IPComp); the kernel's policy does not hold it.  `action` is

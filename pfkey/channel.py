@@ -1,0 +1,236 @@
+"""Moves whole messages: this host's PF_KEY socket, or any object with the same members."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import sys
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from . import codec
+from .abi import Abi
+from .constants import PF_KEY_V2
+from .errors import ChannelClosed, KernelError, NotSupported, kernel_error
+
+__all__ = ["Channel", "NativeChannel", "grow_receive_buffer", "in_flight", "receive_many", "send_many"]
+
+log = logging.getLogger("pfkey.channel")
+
+
+@runtime_checkable
+class Channel(Protocol):
+    """What carries messages to a kernel and back.
+
+    `send` raises OSError when the kernel's send call fails.  `receive` gives one whole message, or None when none came
+    within `timeout` seconds (None waits for ever).  `fileno` is -1 where there is no file descriptor to wait on.
+    ChannelClosed says that the kernel cannot be reached any more.  A channel may also have `send_many`, `receive_many`
+    and `set_receive_buffer(size) -> size`; the functions of this module do without.
+    """
+
+    @property
+    def abi(self) -> Abi: ...
+    def send(self, data: bytes, /) -> None: ...
+    def receive(self, timeout: float | None, /) -> bytes | None: ...
+    def fileno(self) -> int: ...
+    def close(self) -> None: ...
+
+
+def send_many(channel: Channel, messages: Sequence[bytes]) -> int:
+    """Send one after the other, in one call where the channel can; how many were taken.
+
+    Raises only what the first of them raises.
+    """
+    many = getattr(channel, "send_many", None)
+    if many is not None:
+        return int(many(messages))
+    for count, data in enumerate(messages):
+        try:
+            channel.send(data)
+        except OSError:
+            if not count:
+                raise
+            return count
+    return len(messages)
+
+
+def receive_many(channel: Channel, limit: int, timeout: float | None) -> list[bytes]:
+    """Up to `limit` messages: wait for the first, take what else is there."""
+    many = getattr(channel, "receive_many", None)
+    if many is not None:
+        return list(many(limit, timeout))
+    received: list[bytes] = []
+    while len(received) < limit:
+        data = channel.receive(0.0 if received else timeout)
+        if data is None:
+            break
+        received.append(data)
+    return received
+
+
+_UNKNOWN_IN_FLIGHT = 16
+"""How many answers any receive buffer holds: FreeBSD's default of 8192 bytes takes about thirty."""
+
+
+def in_flight(channel: Channel) -> int:
+    """How many requests may be under way at once, so that the receive buffer holds all answers."""
+    return int(getattr(channel, "in_flight", _UNKNOWN_IN_FLIGHT))
+
+
+_LARGEST_BUFFER = 64 << 20
+
+
+def grow_receive_buffer(channel: Channel) -> bool:
+    """Make the receive buffer larger, where the channel can and the system lets it."""
+    grow = getattr(channel, "set_receive_buffer", None)
+    if grow is None:
+        return False
+    size = int(getattr(channel, "receive_buffer", 1 << 20))
+    while size < _LARGEST_BUFFER:
+        size *= 4
+        try:
+            granted = int(grow(size))
+        except OSError:
+            return False
+        if granted >= size:
+            return True
+    return False
+
+
+# What is asked of a socket of this host.
+_SO_RCVBUFFORCE = 33  # Linux: past net.core.rmem_max, for CAP_NET_ADMIN
+_SO_RERROR = 0x20000  # FreeBSD 14: receive() reports ENOBUFS after an overflow instead of losing it silently
+_FIRST_BUFFER = {"linux": 8 << 20}
+_BSD_BUFFER = 2 << 20
+_COST_PER_ANSWER = 1280  # bytes of receive buffer that Linux 6.1 charges for a message of 192 to 608 bytes
+_LARGEST_MESSAGE = 16384
+_BATCH = 64
+
+
+class NativeChannel:
+    """The PF_KEY socket of the running kernel.
+
+    Raises NotSupported when this system has no PF_KEY (the text says how it may get one) and KernelError, a
+    PermissionError, when it is not for us.
+    """
+
+    def __init__(self) -> None:
+        self.abi = Abi.native()
+        self._socket = _open(self.abi)
+        self._arena: codec.Arena | None = None
+        self._queue: deque[bytes] = deque()
+        self.lost = 0
+        """Messages that were longer than any this package expects, and were cut by the kernel."""
+        self.receive_buffer = self._first_buffer()
+        self.in_flight = max(1, self.receive_buffer // _COST_PER_ANSWER // 2)
+
+    def _first_buffer(self) -> int:
+        if sys.platform.startswith("freebsd"):
+            self._option(_SO_RERROR, 1)
+        size = _FIRST_BUFFER.get(sys.platform, _BSD_BUFFER)
+        while size > 65536:
+            try:
+                if self.set_receive_buffer(size) >= size:
+                    break
+            except OSError:
+                pass
+            size //= 2  # kern.ipc.maxsockbuf says no to the rest
+        return self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+
+    def _option(self, option: int, value: int) -> bool:
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, option, value)
+        except OSError:
+            return False
+        return True
+
+    def set_receive_buffer(self, size: int) -> int:
+        """Ask for a receive buffer of `size` bytes; returns what there is now.  Raises OSError when it is refused."""
+        if not (sys.platform == "linux" and self._option(_SO_RCVBUFFORCE, size)):
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+        self.receive_buffer = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        self.in_flight = max(1, self.receive_buffer // _COST_PER_ANSWER // 2)
+        return self.receive_buffer
+
+    def send(self, data: bytes, /) -> None:
+        """Give the kernel one message.  Raises OSError as the system call does, ChannelClosed on a closed socket."""
+        self._check()
+        self._socket.send(data)
+
+    def send_many(self, messages: Sequence[bytes]) -> int:
+        """Give the kernel many messages in one call; how many it took.  Raises only what the first one raises."""
+        self._check()
+        sent, error = codec.send_many(self._socket.fileno(), messages)
+        if not sent and error:
+            raise OSError(error, f"sending to the PF_KEY socket: {_strerror(error)}")
+        return sent
+
+    def receive(self, timeout: float | None, /) -> bytes | None:
+        """The next message, None when none came within `timeout` seconds (None: wait for ever)."""
+        if not self._queue:
+            self._fetch(timeout)
+        return self._queue.popleft() if self._queue else None
+
+    def receive_many(self, limit: int, timeout: float | None) -> list[bytes]:
+        """Up to `limit` messages in one call: waits for the first only."""
+        if not self._queue:
+            self._fetch(timeout)
+        return [self._queue.popleft() for _ in range(min(limit, len(self._queue)))]
+
+    def _fetch(self, timeout: float | None) -> None:
+        self._check()
+        if self._arena is None:
+            self._arena = codec.Arena(_BATCH, _LARGEST_MESSAGE)
+        received, cut, error = codec.receive_many(self._socket.fileno(), self._arena, _BATCH, timeout)
+        self._queue.extend(received)
+        if cut:
+            self.lost += len(cut)
+            log.warning("%d messages of up to %d bytes were cut at %d", len(cut), max(cut), _LARGEST_MESSAGE)
+        if error and error != errno.EINTR:
+            raise OSError(error, f"receiving from the PF_KEY socket: {_strerror(error)}")
+
+    def fileno(self) -> int:
+        """The socket's file descriptor, -1 once closed.  Messages may be queued here although it is not readable."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        """Close the socket; on Linux with several CPUs that waits for a grace period, so keep sockets open."""
+        self._socket.close()
+
+    def _check(self) -> None:
+        if self._socket.fileno() < 0:
+            raise ChannelClosed("the PF_KEY socket was closed")
+
+
+def _strerror(number: int) -> str:
+    return errno.errorcode.get(number, str(number))
+
+
+_EMBEDDED = "the embedded kernels (connect('embedded:linux'), --kernel embedded:linux) need no privileges"
+_MISSING = {
+    "linux": "this kernel has no af_key: try `modprobe af_key`; some distributions build their kernels without it"
+    " (RHEL 10), and Linux plans to remove it in 2027",
+    "freebsd": "this kernel has no PF_KEY: try `kldload ipsec`; in a jail without vnet it needs allow.socket_af",
+}
+_FORBIDDEN = {
+    "linux": "a PF_KEY socket needs root, or CAP_NET_ADMIN in the user namespace that owns the network namespace",
+    "freebsd": "a PF_KEY socket needs root, in a jail a vnet of its own",
+}
+
+
+def _open(abi: Abi) -> socket.socket:
+    number = codec.pf_key()
+    try:
+        return socket.socket(number if number >= 0 else abi.pf_key, socket.SOCK_RAW, PF_KEY_V2)
+    except OSError as error:
+        raise _explained(error, abi) from error
+
+
+def _explained(error: OSError, abi: Abi) -> NotSupported | KernelError:
+    number = error.errno or 0
+    if number in (errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT):
+        return NotSupported(f"no PF_KEY on this {abi}: {_MISSING[abi.name]}; {_EMBEDDED}")
+    advice: Any = f"{_FORBIDDEN[abi.name]}; {_EMBEDDED}" if number in (errno.EPERM, errno.EACCES) else _EMBEDDED
+    return kernel_error(f"opening a PF_KEY socket on {abi}", _strerror(number), number, advice=advice)

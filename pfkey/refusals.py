@@ -1,0 +1,87 @@
+"""What a kernel is known to reject, or to store as something else than what was asked: refused before it is sent."""
+
+from __future__ import annotations
+
+from .abi import Abi
+from .constants import Action, Direction, Level, Mode, SAProtocol, UpperProtocol
+from .errors import EncodeError, NotSupported
+from .messages import Policy, Template
+
+__all__ = ["check_policy"]
+
+_STORED = (Action.IPSEC, Action.NONE, Action.DISCARD)
+
+
+def check_policy(policy: Policy, abi: Abi) -> None:
+    """Raise NotSupported or EncodeError when a kernel of `abi` would not store `policy` as it is.
+
+    The text says what the kernel would do, and what to give instead.
+    """
+    _check_direction(policy, abi)
+    if policy.action not in _STORED:
+        raise NotSupported(f"{policy}: {_name(policy.action)} is for sockets; a policy is IPSEC, NONE or DISCARD")
+    _check_icmp(policy, abi)
+    if policy.lifetime_soft is not None and not abi.has_soft_policy_lifetime:
+        raise NotSupported(f"{policy}: {abi} has no soft lifetimes of policies; give a hard one")
+    if policy.priority and not abi.has_priority:
+        raise NotSupported(f"{policy}: {abi} has no priorities; policies match in the order they were added")
+    if policy.action != Action.IPSEC:
+        return
+    if not policy.templates:
+        fate = "lets the packets through in clear" if abi.empty_ipsec_is_bypass else "answers EINVAL"
+        raise NotSupported(f"{policy}: {abi} {fate} when an ipsec policy has no template; give one, or action NONE")
+    if len(policy.templates) > abi.maximum_templates:
+        raise NotSupported(f"{policy}: {len(policy.templates)} templates; {abi} takes {abi.maximum_templates}")
+    for template in policy.templates:
+        _check_template(policy, template, abi)
+
+
+def _name(number: int) -> str:
+    return number.name if isinstance(number, Action) else f"action {number}"
+
+
+def _check_direction(policy: Policy, abi: Abi) -> None:
+    if policy.direction not in abi.directions:
+        names = ", ".join(direction.name for direction in abi.directions)
+        name = policy.direction.name if isinstance(policy.direction, Direction) else policy.direction
+        raise NotSupported(f"{abi} has no policies of direction {name}; it has {names}")
+
+
+def _check_icmp(policy: Policy, abi: Abi) -> None:
+    selector = policy.selector
+    if selector.icmp_type != 0 or not abi.icmp_zero_is_any:
+        return
+    if selector.protocol in (UpperProtocol.ICMP, UpperProtocol.ICMPV6):
+        raise NotSupported(f"{policy}: {abi} takes ICMP type 0 for any type; leave it out if that is what is meant")
+
+
+def _check_template(policy: Policy, template: Template, abi: Abi) -> None:
+    what = f"{template} in {policy.selector}"
+    if template.protocol not in (SAProtocol.ESP, SAProtocol.AH, SAProtocol.IPCOMP):
+        raise NotSupported(f"{what}: a template is ESP, AH or IPComp, not protocol {int(template.protocol)}")
+    if template.mode not in (Mode.TRANSPORT, Mode.TUNNEL):
+        raise NotSupported(f"{what}: PF_KEY policies are transport or tunnel; {abi} drops the addresses of BEET")
+    if template.mode == Mode.TUNNEL and (template.source is None or template.destination is None):
+        raise EncodeError(f"{what}: a tunnel needs both end points")
+    _check_level(policy, template, what, abi)
+
+
+def _check_level(policy: Policy, template: Template, what: str, abi: Abi) -> None:
+    level, reqid = template.level, template.reqid
+    if level not in tuple(Level):
+        raise NotSupported(f"{what}: level {int(level)} is none of DEFAULT, USE, REQUIRE, UNIQUE")
+    if level == Level.DEFAULT and abi.level_default == Level.DEFAULT:
+        raise NotSupported(
+            f"{what}: level DEFAULT on {abi} is whatever a sysctl says, and by default leaves packets unprotected;"
+            " give REQUIRE or UNIQUE"
+        )
+    if level == Level.UNIQUE and reqid > abi.maximum_reqid:
+        raise NotSupported(
+            f"{what}: {abi} replaces a unique reqid over {abi.maximum_reqid} by one of its own, and no SA of reqid"
+            f" {reqid} would match; use one from 1 to {abi.maximum_reqid}"
+        )
+    if reqid and level != Level.UNIQUE and abi.reqid_needs_unique:
+        raise NotSupported(f"{what}: {abi} drops the reqid unless the level is UNIQUE")
+    outbound_tunnel = template.mode == Mode.TUNNEL and policy.direction == Direction.OUT
+    if level == Level.USE and outbound_tunnel and not abi.use_level_in_outbound_tunnel:
+        raise NotSupported(f"{what}: {abi} answers EINVAL to level USE in an outbound tunnel")
