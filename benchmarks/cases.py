@@ -1,0 +1,249 @@
+"""What is measured: one table of (name, function, budget), one of ratios between rows of the same run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import peer_construct
+import peer_struct
+
+import pfkey
+from pfkey import (
+    Abi,
+    Assignment,
+    Direction,
+    MessageType,
+    Policy,
+    PolicyTracker,
+    SecurityAssociation,
+    Selector,
+    Template,
+    decode,
+    decode_many,
+    encode,
+)
+from pfkey.typed import association_from, association_message
+
+__all__ = ["CASES", "RATIOS", "Case", "Ratio"]
+
+LINUX = Abi.linux()
+RECORDED = Path(__file__).parent.parent / "tests" / "data" / "linux-6.1.json"
+BATCH = 10_000
+
+Prepared = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: `prepare()` gives the function that is timed, `budget` is for one operation, in seconds."""
+
+    name: str
+    prepare: Callable[[], Prepared]
+    budget: float | None = None
+    operations: int = 1
+    """How many operations one call of the function is."""
+    iterations: int = 1000
+    rounds: int = 100
+    minus: str = ""
+    """The row whose figure is taken off (what an empty interpreter costs)."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One row of the second table: how many times `of` is `to`; the limit is a minimum, or a maximum."""
+
+    name: str
+    of: str
+    to: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+
+def message() -> bytes:
+    """Linux's answer to SADB_ADD of an ESP SA between two IPv6 addresses: 344 bytes, ten extensions."""
+    exchanges = json.loads(RECORDED.read_text())["exchanges"]
+    data = bytes.fromhex(next(one["recv"][0] for one in exchanges if one["name"] == "add-esp6"))
+    assert len(data) == 344
+    return data
+
+
+# The wire.
+
+
+def decode_one() -> Prepared:
+    data = message()
+    return lambda: decode(data, LINUX)
+
+
+def decode_and_read() -> Prepared:
+    data = message()
+
+    def run() -> object:
+        one = decode(data, LINUX)
+        return (
+            one.type, one.satype, one.spi, one.state, one.mode, one.reqid,
+            one.source, one.destination, one.lifetime_hard, one.lifetime_current,
+        )  # fmt: skip
+
+    return run
+
+
+def decode_batch() -> Prepared:
+    batch = [message()] * BATCH
+    return lambda: decode_many(batch, LINUX)
+
+
+def decode_batch_to_messages() -> Prepared:
+    batch = [message()] * BATCH
+    return lambda: list(decode_many(batch, LINUX))
+
+
+def struct_decode() -> Prepared:
+    data = message()
+    return lambda: peer_struct.decode(data)
+
+
+def construct_decode() -> Prepared:
+    data = message()
+    return lambda: peer_construct.MESSAGE.parse(data)
+
+
+def association() -> SecurityAssociation:
+    return replace(association_from(decode(message(), LINUX)), lifetime_current=None, proxy=None)
+
+
+def encode_message() -> Prepared:
+    built = association_message(MessageType.ADD, association(), LINUX)
+    return lambda: encode(built)
+
+
+def encode_association() -> Prepared:
+    kind, sa = MessageType.ADD, association()
+    return lambda: encode(association_message(kind, sa, LINUX))
+
+
+def struct_encode() -> Prepared:
+    fields = peer_struct.decode(encode(association_message(MessageType.ADD, association(), LINUX)))
+    return lambda: peer_struct.encode(fields)
+
+
+def construct_encode() -> Prepared:
+    fields = peer_construct.MESSAGE.parse(encode(association_message(MessageType.ADD, association(), LINUX)))
+    return lambda: peer_construct.MESSAGE.build(fields)
+
+
+# The tracker.
+
+
+class NullKernel:
+    """Acknowledges whatever it is told: what is left is the tracker's own time."""
+
+    abi = LINUX
+
+    def __init__(self) -> None:
+        self._ids = itertools.count(1)
+
+    def check_policy(self, policy: Policy) -> None:
+        pass
+
+    def add_policy(self, policy: Policy) -> Policy:
+        return replace(policy, id=next(self._ids))
+
+    update_policy = add_policy
+
+    def delete_policy(self, policy: Policy) -> Policy:
+        return policy
+
+    def get_policy(self, policy_id: int) -> Policy:
+        raise FileNotFoundError(policy_id)
+
+    def dump_policies(self) -> list[Policy]:
+        return []
+
+
+def rekeying(policies: int) -> Callable[[], Prepared]:
+    """Add the new SA, remove the old one, for the next policy among so many; no kernel message is needed."""
+
+    def prepare() -> Prepared:
+        tracker = PolicyTracker(NullKernel())
+        template = Template.tunnel("192.0.2.1", "198.51.100.1", reqid=1)
+        first, second = Assignment(template, spi=0xC0000001), Assignment(template, spi=0xC0000002)
+        selectors = [
+            Selector(f"10.{number >> 8 & 255}.{number & 255}.0/24", f"172.16.{number >> 8 & 255}.{number & 255}")
+            for number in range(policies)
+        ]
+        for selector in selectors:
+            tracker.add(Direction.OUT, selector, first)
+        # Rekeyed once each, then back again, so that every policy always has exactly one assignment.
+        turns = itertools.cycle(
+            [*((one, first, second) for one in selectors), *((one, second, first) for one in selectors)]
+        )
+
+        def run() -> None:
+            selector, old, new = next(turns)
+            tracker.add(Direction.OUT, selector, new)
+            tracker.remove(Direction.OUT, selector, old)
+
+        return run
+
+    return prepare
+
+
+# A fresh interpreter.
+
+FIRST_POLICY = """
+import pfkey
+tracker = pfkey.PolicyTracker(pfkey.connect("embedded:linux"))
+template = pfkey.Template.tunnel("192.0.2.1", "198.51.100.1", reqid=1)
+tracker.add(pfkey.Direction.OUT, pfkey.Selector("10.1.0.0/16", "10.2.0.0/16"), pfkey.Assignment(template, spi=1))
+"""
+
+
+def fresh(script: str) -> Callable[[], Prepared]:
+    """A new interpreter that runs `script` with the package that is measured here."""
+
+    def prepare() -> Prepared:
+        command = [sys.executable, "-c", script]
+        environment = os.environ | {"PYTHONPATH": str(Path(pfkey.__file__).parent.parent)}
+        return lambda: subprocess.run(command, check=True, cwd=tempfile.gettempdir(), env=environment)
+
+    return prepare
+
+
+CASES = (
+    Case("decode(), one message", decode_one, 1.2e-6),
+    Case("decode(), then ten typed attributes", decode_and_read, 4e-6),
+    Case("decode_many(), 10,000 messages, nothing made of them", decode_batch, 105e-9, BATCH, 1),
+    Case("decode_many(), 10,000 messages, each made an object", decode_batch_to_messages, 1.5e-6, BATCH, 1, 30),
+    Case("decode by hand-written struct", struct_decode),
+    Case("decode by construct", construct_decode, None, 1, 10),
+    Case("encode(), a message that exists", encode_message),
+    Case("encode(), from a SecurityAssociation", encode_association, 2.5e-6),
+    Case("encode by hand-written struct", struct_encode),
+    Case("encode by construct", construct_encode, None, 1, 10),
+    Case("a rekeying among 1,000 policies", rekeying(1000), 12e-6),
+    Case("a rekeying among 10,000 policies", rekeying(10_000), 12e-6),
+    Case("an empty interpreter", fresh("pass"), None, 1, 1, 40),
+    Case("import pfkey", fresh("import pfkey"), 25e-3, 1, 1, 40, minus="an empty interpreter"),
+    Case("import to first tracked policy", fresh(FIRST_POLICY), 80e-3, 1, 1, 40, minus="an empty interpreter"),
+)
+
+RATIOS = (
+    Ratio("decode() against struct", "decode by hand-written struct", "decode(), one message", at_least=4),
+    Ratio("decode() against construct", "decode by construct", "decode(), one message", at_least=200),
+    Ratio("encode() against construct", "encode by construct", "encode(), from a SecurityAssociation", at_least=80),
+    Ratio(
+        "a rekeying among 10,000 against 1,000",
+        "a rekeying among 10,000 policies",
+        "a rekeying among 1,000 policies",
+        at_most=1.3,
+    ),
+)

@@ -1,0 +1,44 @@
+"""Measure the table, then hold it against its budgets: with --enforce-budgets a miss fails, without it is only told."""
+
+from __future__ import annotations
+
+import pytest
+from cases import CASES, RATIOS, Case, Ratio
+from pytest_benchmark.fixture import BenchmarkFixture
+from table import budget_text, figure, ratio, ratio_text, within
+
+MINIMA: dict[str, float] = {}
+"""Seconds of one operation, by row, as measured in this run."""
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_case(case: Case, benchmark: BenchmarkFixture) -> None:
+    benchmark.extra_info["case"] = case.name
+    benchmark.pedantic(  # type: ignore[no-untyped-call]
+        case.prepare(), rounds=case.rounds, iterations=case.iterations, warmup_rounds=min(5, case.rounds)
+    )
+    assert benchmark.stats is not None
+    MINIMA[case.name] = benchmark.stats.stats.min / case.operations
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.budget], ids=lambda case: case.name)
+def test_budget(case: Case, pytestconfig: pytest.Config) -> None:
+    if case.name not in MINIMA:
+        pytest.skip("not measured in this run")
+    if not within(case, MINIMA):
+        _over(f"{case.name}: {figure(case, MINIMA):.3g} s, budget {budget_text(case)}", pytestconfig)
+
+
+@pytest.mark.parametrize("one", RATIOS, ids=lambda one: one.name)
+def test_ratio(one: Ratio, pytestconfig: pytest.Config) -> None:
+    if not {one.of, one.to} <= MINIMA.keys():
+        pytest.skip("not measured in this run")
+    value = ratio(one, MINIMA)
+    if (one.at_least and value < one.at_least) or (one.at_most and value > one.at_most):
+        _over(f"{one.name}: {ratio_text(one, MINIMA)}", pytestconfig)
+
+
+def _over(text: str, config: pytest.Config) -> None:
+    if config.getoption("--enforce-budgets"):
+        pytest.fail(text, pytrace=False)
+    pytest.xfail(text)
