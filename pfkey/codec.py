@@ -76,8 +76,8 @@ class Message:
 
     `extensions` maps what each extension is (or its number, where this Abi does not know it) to its value: SA, SA2,
     Lifetime, Address, Key, SPIRange, PolicyExtension, a tuple of Algorithm for the supported ones, an int for NAT-T
-    type and ports and for the replay window; bytes, everything behind its 4-byte header, for every other.  When building a
-    message bytes are accepted for any extension; they are padded to a multiple of 8 and not checked.
+    type and ports and for the replay window; bytes, everything behind its 4-byte header, for every other.  When building
+    a message bytes are accepted for any extension; they are padded to a multiple of 8 and not checked.
 
     Messages do not change.  Values are made when they are first asked for.
     """

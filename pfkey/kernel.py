@@ -20,6 +20,7 @@ from .conversation import Conversation, Request
 from .errors import (
     ChannelClosed,
     DumpOverflow,
+    KernelError,
     NotSupported,
     PFKeyError,
     ReplyTimeout,
@@ -161,11 +162,7 @@ class Kernel:
                     break
                 log.info("%s; asking again", request.error)
                 request = self._dump_once(message)
-        if isinstance(request.error, FileNotFoundError):
-            return []
-        if request.error is not None:
-            raise request.error
-        return request.replies
+        return _parts(request)
 
     def _dump_once(self, message: Message) -> Request:
         self._drain()
@@ -460,3 +457,12 @@ class Kernel:
             " whether it was done is not known: read before trying again",
             request=request.message,
         )
+
+
+def _parts(dump: Request) -> list[Message]:
+    """What a dump gave; an empty database answers ENOENT."""
+    if isinstance(dump.error, KernelError) and dump.error.name == "ENOENT":
+        return []
+    if dump.error is not None:
+        raise dump.error
+    return dump.replies

@@ -82,7 +82,7 @@ def _port(value: int, what: str) -> int:
     return value
 
 
-@dataclass(frozen=True, slots=True, init=False)
+@dataclass(frozen=True, slots=True, init=False, repr=False)
 class Selector:
     """Which packets a policy is for: two prefixes of one family, an upper-layer protocol, ports or ICMP type and code.
 
@@ -198,6 +198,14 @@ class Selector:
             icmp_type=self.icmp_type,
             icmp_code=self.icmp_code,
         )
+
+    def __repr__(self) -> str:
+        given = [f"{str(self.source)!r}", f"{str(self.destination)!r}"]
+        for name in ("protocol", "source_port", "destination_port", "icmp_type", "icmp_code"):
+            value = getattr(self, name)
+            if value or (value is not None and name.startswith("icmp")):
+                given.append(f"{name}={value}")
+        return f"Selector({', '.join(given)})"
 
     def __str__(self) -> str:
         source, destination = str(self.source), str(self.destination)

@@ -11,9 +11,12 @@ from ..constants import MessageType as M
 from ..constants import SAType
 from . import afkey_associations as associations
 from . import afkey_policies as policies
-from .afkey_associations import acquire, association_key, check_usage
+from . import afkey_time as times
+from .afkey_associations import association_key
+from .afkey_migrate import migrate
+from .afkey_time import acquire, check_usage
 from .delivery import Receivers
-from .wire import HEADER_SIZE, Refused, Request, SendFailed
+from .wire import HEADER_SIZE, RefusedError, Request, SendFailedError
 
 if TYPE_CHECKING:
     from .channel import EmbeddedChannel
@@ -44,27 +47,24 @@ _LEAST = {
 
 
 def receive(kernel: EmbeddedKernel, channel: EmbeddedChannel, data: bytes) -> None:
-    """One send(): raises SendFailed where the system call fails, else does the work and answers."""
+    """One send(): raises SendFailedError where the system call fails, else does the work and answers."""
     if len(data) > kernel.profile.send_buffer:
-        raise SendFailed("EMSGSIZE")
+        raise SendFailedError("EMSGSIZE")
     if len(data) < HEADER_SIZE:
-        raise SendFailed("EMSGSIZE")
+        raise SendFailedError("EMSGSIZE")
     version, kind, errno, satype, words, reserved, seq, pid = kernel.wire.header.unpack_from(data)
     if version != 2 or reserved or not 0 < kind <= _TYPE_MAXIMUM:
-        raise SendFailed("EINVAL")
+        raise SendFailedError("EINVAL")
     if words != len(data) // 8 or words < 2:
-        raise SendFailed("EMSGSIZE")
+        raise SendFailedError("EMSGSIZE")
     for other in reversed(kernel.channels):
         if other.promiscuous:
             kernel.deliver(other, data)
     request = Request(bytearray(data), channel, version, kind, errno, satype, reserved, seq, pid)
     try:
         _read_extensions(kernel, request)
-        handler = _HANDLERS.get(kind)
-        if handler is None:
-            raise Refused("EOPNOTSUPP")
-        handler(kernel, request)
-    except Refused as refused:
+        _HANDLERS.get(kind, _unsupported)(kernel, request)
+    except RefusedError as refused:
         refuse(kernel, channel, data, refused.name)
 
 
@@ -72,7 +72,7 @@ def refuse(kernel: EmbeddedKernel, channel: EmbeddedChannel, data: bytes, error:
     """Answer with a bare header: the request's own, with errno."""
     _, kind, _, satype, _, _, seq, pid = kernel.wire.header.unpack_from(data)
     number = kernel.abi.error_numbers[error]
-    answer = kernel.wire.message(kind, satype, seq, pid, 0, b"", number)
+    answer = kernel.wire.message(kind, satype, seq, pid, errno=number)
     kernel.broadcast(answer, Receivers.SENDER, channel)
 
 
@@ -86,17 +86,17 @@ def _read_extensions(kernel: EmbeddedKernel, request: Request) -> None:
     data, offset = request.data, HEADER_SIZE
     while offset < len(data):
         if len(data) - offset < 4:
-            raise Refused("EINVAL")
+            raise RefusedError("EINVAL")
         length, number = kernel.wire.head(data, offset)
         if not 8 <= length <= len(data) - offset or number == 0:
-            raise Refused("EINVAL")
+            raise RefusedError("EINVAL")
         if number <= _EXTENSION_MAXIMUM:
             if length < _LEAST[number] or number in request.extensions:
-                raise Refused("EINVAL")
+                raise RefusedError("EINVAL")
             request.extensions[number] = (offset, length)
             raw = request.raw(number)
             if not _sound(kernel, number, raw):
-                raise Refused("EINVAL")
+                raise RefusedError("EINVAL")
         offset += length
 
 
@@ -118,14 +118,14 @@ def _sound(kernel: EmbeddedKernel, number: int, raw: bytes) -> bool:
 
 def _register(kernel: EmbeddedKernel, request: Request) -> None:
     if request.satype > SAType.IPCOMP:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     if request.satype:
         if request.satype in request.channel.registered:
-            raise Refused("EEXIST")
+            raise RefusedError("EEXIST")
         request.channel.registered.add(request.satype)
     body = kernel.wire.supported(X.SUPPORTED_AUTH, kernel.profile.authentication)
     body += kernel.wire.supported(X.SUPPORTED_ENCRYPT, kernel.profile.encryption)
-    answer = kernel.wire.message(request.type, request.satype, request.seq, request.pid, request.reserved, body)
+    answer = kernel.wire.answer(request, body)
     kernel.broadcast(answer, Receivers.REGISTERED, request.channel)
 
 
@@ -134,7 +134,7 @@ def _promisc(kernel: EmbeddedKernel, request: Request) -> None:
     data = bytearray(request.data)
     if len(data) == HEADER_SIZE:
         if request.satype > 1:
-            raise Refused("EINVAL")
+            raise RefusedError("EINVAL")
         request.channel.promiscuous = bool(request.satype)
         data[2] = 0
     kernel.broadcast(bytes(data), Receivers.ALL)
@@ -146,7 +146,7 @@ def _dump(kernel: EmbeddedKernel, request: Request, bodies: Iterator[tuple[int, 
     `bodies` yields satype, reserved, extensions and by how many bytes the length is short.
     """
     if request.channel.dump is not None:
-        raise Refused("EBUSY")
+        raise RefusedError("EBUSY")
     kind, pid = request.type, request.pid
 
     def parts() -> Iterator[bytes]:
@@ -155,7 +155,7 @@ def _dump(kernel: EmbeddedKernel, request: Request, bodies: Iterator[tuple[int, 
         for number, (satype, reserved, body, short) in enumerate(bodies, 1):
             if previous is not None:
                 yield previous
-            previous = kernel.wire.message(kind, satype, number, pid, reserved, body)
+            previous = kernel.wire.message(kind, satype, number, pid, body, reserved=reserved)
             if short:
                 previous = policies.shorten(kernel, previous, short)
         if previous is not None:
@@ -164,7 +164,7 @@ def _dump(kernel: EmbeddedKernel, request: Request, bodies: Iterator[tuple[int, 
 
     request.channel.dump = parts()
     if not resume_dump(kernel, request.channel):
-        raise Refused("ENOENT")
+        raise RefusedError("ENOENT")
 
 
 def resume_dump(kernel: EmbeddedKernel, channel: EmbeddedChannel) -> bool:
@@ -190,14 +190,14 @@ def _saddump(kernel: EmbeddedKernel, request: Request) -> None:
     _dump(kernel, request, associations.dump_bodies(kernel, request))
 
 
-def _migrate(kernel: EmbeddedKernel, request: Request) -> None:
-    """As a kernel without CONFIG_NET_KEY_MIGRATE."""
-    raise Refused("ENOPROTOOPT")
+def _unsupported(kernel: EmbeddedKernel, request: Request) -> None:
+    """A type that only the kernel itself sends."""
+    raise RefusedError("EOPNOTSUPP")
 
 
 def expire(kernel: EmbeddedKernel, now: float) -> float:
     """Expire what is due and say when to look again."""
-    return min(policies.expire(kernel, now), associations.expire(kernel, now), inf)
+    return min(policies.expire(kernel, now), times.expire(kernel, now), inf)
 
 
 _HANDLERS: dict[int, Callable[[EmbeddedKernel, Request], None]] = {
@@ -219,5 +219,5 @@ _HANDLERS: dict[int, Callable[[EmbeddedKernel, Request], None]] = {
     M.SPDFLUSH: policies.flush,
     M.SPDSETIDX: policies.add,
     M.SPDDELETE2: policies.get,
-    M.MIGRATE: _migrate,
+    M.MIGRATE: migrate,
 }

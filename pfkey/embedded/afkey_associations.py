@@ -6,31 +6,31 @@ from collections.abc import Callable, Iterator
 from math import inf
 from typing import TYPE_CHECKING
 
-from ..constants import Action, Direction, Mode, SAState, SAType
 from ..constants import ExtensionType as X
 from ..constants import MessageType as M
-from ..messages import Template
+from ..constants import Mode, SAState, SAType
 from .afkey_policies import due, pair, read_context, read_limits
 from .delivery import Receivers
 from .sad import NATT, Association
-from .spd import Entry, Packet
-from .wire import Endpoint, Limits, Refused, Request
+from .wire import Endpoint, Limits, RefusedError, Request
 
 if TYPE_CHECKING:
     from .kernel import EmbeddedKernel
 
 __all__ = [
-    "acquire",
     "acquire_failed",
     "add",
     "association_key",
-    "check_usage",
+    "body_of",
     "delete",
     "dump_bodies",
-    "expire",
+    "expiries",
     "flush",
     "get",
     "getspi",
+    "in_shape_of",
+    "new_larval",
+    "satype_of",
 ]
 
 _FILTER = X.FILTER & 0xFF
@@ -55,22 +55,27 @@ def _protocol(request: Request) -> int:
     return _PROTOCOLS.get(SAType(request.satype), 0) if request.satype in SAType._value2member_map_ else 0
 
 
+def satype_of(protocol: int) -> int:
+    """The SA type of a protocol number, 0 for one that has none."""
+    return _SATYPES.get(protocol, SAType.UNSPEC)
+
+
 def _sa2(kernel: EmbeddedKernel, request: Request) -> tuple[int, int]:
     if X.SA2 not in request:
         return Mode.TRANSPORT, 0
     mode, reqid = kernel.wire.read_sa2(request.raw(X.SA2))
     if mode not in _MODES:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     return _MODES[Mode(mode)], reqid
 
 
 # What a message about an SA holds.
 
 
-def _body(kernel: EmbeddedKernel, sa: Association, *, keys: bool = True, limits: str = "hard soft") -> bytes:
-    """SA, limits, current, the two addresses, selector, keys, SA2, NAT-T."""
+def body_of(kernel: EmbeddedKernel, sa: Association, *, keys: bool = True, limits: str = "hard soft") -> bytes:
+    """Of every message about an SA: SA, limits, current, the two addresses, selector, keys, SA2, NAT-T."""
     wire = kernel.wire
-    parts = [wire.sa(sa.spi, sa.replay, sa.state, sa.auth, sa.encrypt, sa.flags)]
+    parts = [wire.sa(sa.spi, sa.replay, sa.state, auth=sa.auth, encrypt=sa.encrypt, flags=sa.flags)]
     if "hard" in limits:
         parts.append(wire.lifetime(X.LIFETIME_HARD, sa.hard or Limits()))
     if "soft" in limits:
@@ -95,7 +100,7 @@ def _body(kernel: EmbeddedKernel, sa: Association, *, keys: bool = True, limits:
 
 
 def _tell(kernel: EmbeddedKernel, request: Request, sa: Association, receivers: Receivers) -> None:
-    message = kernel.wire.message(request.type, sa.satype, request.seq, request.pid, 0, _body(kernel, sa))
+    message = kernel.wire.answer(request, body_of(kernel, sa), satype=sa.satype)
     kernel.broadcast(message, receivers, request.channel if receivers is Receivers.SENDER else None)
 
 
@@ -107,22 +112,22 @@ def getspi(kernel: EmbeddedKernel, request: Request) -> None:
     source, destination = pair(kernel, request)
     protocol = _protocol(request)
     if not protocol:
-        raise Refused("EINVAL")
-    mode, reqid = _sa2(kernel, request)
+        raise RefusedError("EINVAL")
+    kind = _sa2(kernel, request)
     sa = _larval_by_seq(kernel, request.seq, protocol=None, destination=destination)
     if sa is None:
-        sa = _larval_for(kernel, protocol, source, destination, mode, reqid)
+        sa = _larval_for(kernel, protocol, (source, destination), kind)
     if sa is None:
-        sa = _new_larval(kernel, protocol, source, destination, mode, reqid)
+        sa = new_larval(kernel, protocol, (source, destination), kind)
     low, high = 0x100, 0x0FFFFFFF
     if X.SPIRANGE in request:
         low, high = kernel.wire.read_range(request.raw(X.SPIRANGE))
     if sa.satype == SAType.UNSPEC or low > high or (sa.satype == SAType.IPCOMP and high > 0xFFFF):
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     if not sa.spi:
         spi = _free_spi(kernel, sa, low, high)
         if not spi:
-            raise Refused("ENOENT")
+            raise RefusedError("ENOENT")
         kernel.sad.give_spi(sa, spi)
     _tell(kernel, request, sa, Receivers.SENDER)
 
@@ -141,18 +146,19 @@ def _free_spi(kernel: EmbeddedKernel, sa: Association, low: int, high: int) -> i
     return next((spi for spi in range(max(low, 1), high + 1) if free(spi)), 0)
 
 
-def _new_larval(
-    kernel: EmbeddedKernel, protocol: int, source: Endpoint, destination: Endpoint, mode: int, reqid: int, seq: int = 0
+def new_larval(
+    kernel: EmbeddedKernel, protocol: int, between: tuple[Endpoint, Endpoint], kind: tuple[int, int], seq: int = 0
 ) -> Association:
+    """An entry that waits for its SA; `kind` is mode and reqid."""
     now = kernel.now()
     sa = Association(
         protocol=protocol,
-        satype=_SATYPES.get(protocol, SAType.UNSPEC),
-        source=source,
-        destination=destination,
+        satype=satype_of(protocol),
+        source=between[0],
+        destination=between[1],
         spi=0,
-        mode=mode,
-        reqid=reqid,
+        mode=kind[0],
+        reqid=kind[1],
         created=now,
         hard=Limits(addtime=kernel.profile.larval_seconds),
         seq=seq,
@@ -174,11 +180,12 @@ def _larval_by_seq(
 
 
 def _larval_for(
-    kernel: EmbeddedKernel, protocol: int, source: Endpoint, destination: Endpoint, mode: int, reqid: int
+    kernel: EmbeddedKernel, protocol: int, between: tuple[Endpoint, Endpoint], kind: tuple[int, int]
 ) -> Association | None:
     """A larval SA without SPI between these two (find_acq)."""
+    source, destination = between
     for sa in kernel.sad:
-        same = (sa.protocol, sa.mode, sa.reqid, sa.spi, sa.state) == (protocol, mode, reqid, 0, SAState.LARVAL)
+        same = (sa.protocol, sa.mode, sa.reqid, sa.spi, sa.state) == (protocol, *kind, 0, SAState.LARVAL)
         if same and sa.source.address == source.address and sa.destination.address == destination.address:
             return sa
     return None
@@ -190,27 +197,27 @@ def _larval_for(
 def _from_request(kernel: EmbeddedKernel, request: Request) -> Association:
     """The SA that the request describes (pfkey_msg2xfrm_state), in that function's order of errors."""
     if X.SA not in request:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     source, destination = pair(kernel, request)
     if request.satype == SAType.ESP and X.KEY_ENCRYPT not in request:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     if request.satype == SAType.AH and X.KEY_AUTH not in request:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     if (X.LIFETIME_HARD in request) != (X.LIFETIME_SOFT in request):
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     protocol = _protocol(request)
     spi, replay, _, auth, encrypt, flags = kernel.wire.read_sa(request.raw(X.SA))
     compressed = request.satype == SAType.IPCOMP
     largest = _COMPRESSION_MAXIMUM if compressed else _ENCRYPTION_MAXIMUM
     if not protocol or auth > _AUTHENTICATION_MAXIMUM or encrypt > largest:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     auth_key = _key(kernel, request, X.KEY_AUTH, optional=auth == _NULL_AUTHENTICATION)
     encrypt_key = _key(kernel, request, X.KEY_ENCRYPT, optional=encrypt == _NULL_ENCRYPTION)
     if auth and auth not in (row[0] for row in kernel.profile.authentication):
-        raise Refused("ENOSYS")
+        raise RefusedError("ENOSYS")
     known = kernel.profile.compression if compressed else tuple(row[0] for row in kernel.profile.encryption)
     if encrypt and encrypt not in known:
-        raise Refused("ENOSYS")
+        raise RefusedError("ENOSYS")
     mode, reqid = _sa2(kernel, request)
     sa = Association(
         protocol=protocol,
@@ -244,7 +251,7 @@ def _key(kernel: EmbeddedKernel, request: Request, kind: int, *, optional: bool)
         return None
     key = kernel.wire.read_key(request.raw(kind))
     if not key[0] and not optional:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     return key
 
 
@@ -269,41 +276,45 @@ def _proxy(kernel: EmbeddedKernel, request: Request, source: Endpoint, mode: int
     if given.version != source.version:
         # A tunnel takes the other family; what it shows are the address's bytes in the shape of its own.
         if mode == Mode.TRANSPORT:
-            raise Refused("EPROTONOSUPPORT")
-        packed = given.packed.ljust(16, b"\0")[: len(source.packed)]
-        given = Endpoint(source.version, int.from_bytes(packed, "big"), 0, 0, b"")
-    return (_ANY_PROTOCOL, prefixlen, given)
+            raise RefusedError("EPROTONOSUPPORT")
+    return (_ANY_PROTOCOL, prefixlen, in_shape_of(source, given))
+
+
+def in_shape_of(model: Endpoint, end: Endpoint) -> Endpoint:
+    """The bytes of one address as an address of the model's family."""
+    packed = end.packed.ljust(16, b"\0")[: len(model.packed)]
+    return Endpoint(model.version, int.from_bytes(packed, "big"), 0, 0, b"")
 
 
 def _check_transform(kernel: EmbeddedKernel, sa: Association) -> None:
     """What initialising the transform refuses (xfrm_init_state)."""
     if sa.satype == SAType.UNSPEC:
-        raise Refused("EPROTONOSUPPORT")
+        raise RefusedError("EPROTONOSUPPORT")
     if sa.satype == SAType.AH and (not sa.auth or sa.natt):
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     if sa.satype == SAType.IPCOMP and (not sa.encrypt or sa.natt):
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     if sa.satype == SAType.ESP:
         if not sa.encrypt or (sa.natt and sa.natt.type not in (1, 2)):
-            raise Refused("EINVAL")
+            raise RefusedError("EINVAL")
         _, _, low, high = next(row for row in kernel.profile.encryption if row[0] == sa.encrypt)
         bits = 8 * len(sa.encrypt_key[1]) if sa.encrypt_key else 0
         if not low <= bits <= high or (bits - low) % 64:
-            raise Refused("EINVAL")
+            raise RefusedError("EINVAL")
 
 
 def add(kernel: EmbeddedKernel, request: Request) -> None:
-    """ADD, and UPDATE: of a larval SA it makes the real one, of a mature one it takes lifetimes and NAT-T ports only."""
+    """ADD, and UPDATE: it makes a larval SA the real one, and changes only limits and NAT-T ports of a mature one."""
     sa = _from_request(kernel, request)
     old = kernel.sad.find(*association_key(sa)) if sa.spi else None
     if request.type == M.ADD:
         if old is not None:
-            raise Refused("EEXIST")
+            raise RefusedError("EEXIST")
         old = _larval_by_seq(kernel, request.seq, protocol=sa.protocol, destination=sa.destination)
-        old = old or _larval_for(kernel, sa.protocol, sa.source, sa.destination, sa.mode, sa.reqid)
+        old = old or _larval_for(kernel, sa.protocol, (sa.source, sa.destination), (sa.mode, sa.reqid))
         _insert(kernel, sa, old)
     elif old is None:
-        raise Refused("ESRCH")
+        raise RefusedError("ESRCH")
     elif old.state == SAState.LARVAL:
         _insert(kernel, sa, old)
     else:
@@ -315,14 +326,14 @@ def _insert(kernel: EmbeddedKernel, sa: Association, larval: Association | None)
     if larval is not None:
         kernel.sad.remove(larval)
     kernel.sad.add(sa)
-    if _expiries(sa):
+    if expiries(sa):
         kernel.schedule(kernel.now())
 
 
 def _refresh(kernel: EmbeddedKernel, old: Association, new: Association) -> None:
     """A mature SA keeps its keys, whatever the reply says."""
     if (old.natt is None) != (new.natt is None) or (old.natt and new.natt and old.natt.type != new.natt.type):
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     old.natt, old.hard, old.soft, old.state = new.natt, new.hard, new.soft, SAState.MATURE
     kernel.schedule(kernel.now())
     new.state = SAState.DEAD
@@ -334,12 +345,12 @@ def _refresh(kernel: EmbeddedKernel, old: Association, new: Association) -> None
 def _named(kernel: EmbeddedKernel, request: Request) -> Association:
     """The SA that SA and DST name; SRC must be there and is not looked at."""
     if X.SA not in request:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     _, destination = pair(kernel, request)
     spi = kernel.wire.read_sa(request.raw(X.SA))[0]
     sa = kernel.sad.find(destination.version, destination.address, spi, _protocol(request)) if spi else None
     if sa is None:
-        raise Refused("ESRCH")
+        raise RefusedError("ESRCH")
     return sa
 
 
@@ -360,11 +371,11 @@ def flush(kernel: EmbeddedKernel, request: Request) -> None:
     """Remove the SAs of a type; answered twice when there were any."""
     protocol = _protocol(request)
     if not protocol:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     flushed = [sa for sa in kernel.sad if protocol in (_ANY_PROTOCOL, sa.protocol)]
     for sa in flushed:
         kernel.sad.remove(sa)
-    answer = kernel.wire.message(request.type, request.satype, request.seq, request.pid, 0, b"")
+    answer = kernel.wire.answer(request)
     kernel.broadcast(answer, Receivers.SENDER, request.channel)
     if flushed:
         kernel.broadcast(answer, Receivers.ALL)
@@ -374,20 +385,20 @@ def dump_bodies(kernel: EmbeddedKernel, request: Request) -> Iterator[tuple[int,
     """The SAs of a type, newest first, those that X_FILTER lets through."""
     protocol = _protocol(request)
     if not protocol:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     wanted = _filter(kernel, request)
     snapshot = [sa for sa in kernel.sad.newest_first() if protocol in (_ANY_PROTOCOL, sa.protocol) and wanted(sa)]
-    return ((sa.satype, 0, _body(kernel, sa), 0) for sa in snapshot if sa in kernel.sad)
+    return ((sa.satype, 0, body_of(kernel, sa), 0) for sa in snapshot if sa in kernel.sad)
 
 
 def _filter(kernel: EmbeddedKernel, request: Request) -> Callable[[Association], bool]:
     """SADB_X_EXT_FILTER: two prefixes in network order and a family, of which 0 means any."""
     if _FILTER not in request:
-        return lambda sa: True
+        return lambda _: True
     raw = request.raw(_FILTER)
     family = {kernel.abi.af_inet: 4, kernel.abi.af_inet6: 6}.get(kernel.wire.u16.unpack_from(raw, 36)[0], 0)
     if max(raw[38], raw[39]) > 128:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
 
     def wanted(sa: Association) -> bool:
         if family and sa.source.version != family:
@@ -403,11 +414,8 @@ def _within(end: Endpoint, address: bytes, prefixlen: int) -> bool:
     return end.address >> shift == int.from_bytes(address[: width // 8], "big") >> shift
 
 
-# Time, use, ACQUIRE.
-
-
-def _expiries(sa: Association) -> list[tuple[float, bool]]:
-    """When it expires, and whether for good."""
+def expiries(sa: Association) -> list[tuple[float, bool]]:
+    """When an SA expires, and whether for good."""
     moments = []
     for limits, hard in ((sa.hard, True), (sa.soft, False)):
         if limits is None or (not hard and sa.state == SAState.DYING):
@@ -419,79 +427,10 @@ def _expiries(sa: Association) -> list[tuple[float, bool]]:
     return moments
 
 
-def expire(kernel: EmbeddedKernel, now: float) -> float:
-    """Soft limits make an SA dying, hard ones end it; those who registered hear of both."""
-    following = inf
-    for sa in kernel.sad:
-        moments = _expiries(sa)
-        if any(hard and when <= now for when, hard in moments):
-            _expired(kernel, sa)
-            continue
-        if any(when <= now for when, _ in moments):
-            _dying(kernel, sa)
-            moments = _expiries(sa)
-        following = min([following, *(when for when, _ in moments)])
-    return following
-
-
-def _expired(kernel: EmbeddedKernel, sa: Association) -> None:
-    kernel.sad.remove(sa)
-    sa.state = SAState.DEAD
-    _tell_expiry(kernel, sa, "hard")
-
-
-def _dying(kernel: EmbeddedKernel, sa: Association) -> None:
-    sa.state = SAState.DYING
-    _tell_expiry(kernel, sa, "soft")
-
-
-def _tell_expiry(kernel: EmbeddedKernel, sa: Association, limits: str) -> None:
-    body = _body(kernel, sa, keys=False, limits=limits)
-    kernel.broadcast(kernel.wire.message(M.EXPIRE, sa.satype, 0, 0, 0, body), Receivers.REGISTERED)
-
-
-def check_usage(kernel: EmbeddedKernel, sa: Association) -> None:
-    """After a packet: limits of packets and bytes, and the clocks that start at the first use."""
-    for limits, act in ((sa.hard, _expired), (sa.soft, _dying)):
-        if limits and sa.state in (SAState.MATURE, SAState.DYING):
-            over = 0 < limits.allocations <= sa.packets or 0 < limits.bytes <= sa.octets
-            if over and not (act is _dying and sa.state == SAState.DYING):
-                act(kernel, sa)
-    kernel.schedule(min([inf, *(when for when, _ in _expiries(sa))]))
-
-
-def acquire(
-    kernel: EmbeddedKernel,
-    entry: Entry,
-    template: Template,
-    source: Endpoint,
-    destination: Endpoint,
-    packet: Packet,
-) -> None:
-    """Ask for an SA, once for each larval one, if anybody registered; else nothing happens at all."""
-    if not kernel.someone_registered():
-        return
-    for sa in kernel.sad:
-        same = (sa.protocol, sa.mode, sa.reqid) == (template.protocol, template.mode, template.reqid)
-        waiting = sa.state == SAState.LARVAL and sa.source.address == source.address
-        if same and waiting and sa.destination.address == destination.address:
-            return
-    kernel.acquire_seq += 1
-    sa = _new_larval(kernel, template.protocol, source, destination, template.mode, template.reqid, kernel.acquire_seq)
-    wire, width = kernel.wire, 32 if source.version == 4 else 128
-    body = wire.address(X.ADDRESS_SRC, wire.sockaddr(source.version, source.address), 0, width)
-    body += wire.address(X.ADDRESS_DST, wire.sockaddr(destination.version, destination.address), 0, width)
-    body += wire.policy(Action.IPSEC, Direction.OUT, 0, entry.id, entry.priority)
-    if sa.satype in (SAType.AH, SAType.ESP):
-        # A proposal without combinations: policies made through PF_KEY name no algorithms.
-        body += wire.small(X.PROPOSAL, bytes((_LARGEST_WINDOW, 0, 0, 0)))
-    kernel.broadcast(wire.message(M.ACQUIRE, sa.satype, sa.seq, 0, 0, body), Receivers.REGISTERED)
-
-
 def acquire_failed(kernel: EmbeddedKernel, request: Request) -> None:
     """ACQUIRE from a key daemon that gave up: the larval SA is dead, and there is no reply."""
     if len(request.data) > 16:
-        raise Refused("EOPNOTSUPP")
+        raise RefusedError("EOPNOTSUPP")
     sa = _larval_by_seq(kernel, request.seq, protocol=None, destination=None) if request.errno else None
     if sa is not None:
         sa.state = SAState.DEAD

@@ -12,7 +12,7 @@ from ..constants import MessageType as M
 from ..messages import Template
 from .delivery import Receivers
 from .spd import Entry
-from .wire import Endpoint, Limits, Refused, Request, pad8
+from .wire import Endpoint, Limits, RefusedError, Request, pad8
 
 if TYPE_CHECKING:
     from .kernel import EmbeddedKernel
@@ -28,7 +28,9 @@ __all__ = [
     "pair",
     "read_context",
     "read_limits",
+    "selector_of",
     "shorten",
+    "write_templates",
 ]
 
 _SEC_CTX = X.SEC_CTX & 0xFF
@@ -42,11 +44,11 @@ _OVERFLOW = 1 << 63
 def pair(kernel: EmbeddedKernel, request: Request) -> tuple[Endpoint, Endpoint]:
     """Source and destination, which must be there and of one family."""
     if X.ADDRESS_SRC not in request or X.ADDRESS_DST not in request:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     source = kernel.wire.read_address(request.raw(X.ADDRESS_SRC))[2]
     destination = kernel.wire.read_address(request.raw(X.ADDRESS_DST))[2]
     if source is None or destination is None or source.version != destination.version:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     return _plain(kernel, source), _plain(kernel, destination)
 
 
@@ -56,22 +58,14 @@ def _plain(kernel: EmbeddedKernel, end: Endpoint) -> Endpoint:
     return end._replace(scope=0, raw=raw)
 
 
-def _entry(kernel: EmbeddedKernel, request: Request) -> tuple[Entry, bytes]:
-    """The policy that the request describes, still without templates, and its raw policy extension."""
+def selector_of(kernel: EmbeddedKernel, request: Request, direction: int) -> Entry:
+    """An entry with the selector that the request names and nothing else."""
     source, destination = pair(kernel, request)
-    raw = request.raw(X.POLICY)
-    if not raw:
-        raise Refused("EINVAL")
-    action, direction, _, priority = kernel.wire.read_policy(raw)
-    if request.type not in (M.SPDDELETE,) and action > Action.IPSEC:
-        raise Refused("EINVAL")
-    if not Direction.IN <= direction <= Direction.FWD:
-        raise Refused("EINVAL")
     # Both addresses say a protocol; the destination's is the one that counts.
     protocol, destination_prefix, _ = kernel.wire.read_address(request.raw(X.ADDRESS_DST))
     _, source_prefix, _ = kernel.wire.read_address(request.raw(X.ADDRESS_SRC))
     protocol = protocol or UpperProtocol.ANY
-    entry = Entry(
+    return Entry(
         direction=direction,
         source=source,
         source_prefix=source_prefix,
@@ -79,22 +73,28 @@ def _entry(kernel: EmbeddedKernel, request: Request) -> tuple[Entry, bytes]:
         destination_prefix=destination_prefix,
         protocol=protocol,
         any_protocol=protocol == UpperProtocol.ANY,
-        action=Action.DISCARD if action == Action.DISCARD else Action.NONE,
-        priority=priority,
-        templates=(),
         created=kernel.now(),
-        hard=read_limits(kernel, request, X.LIFETIME_HARD),
-        soft=read_limits(kernel, request, X.LIFETIME_SOFT),
         context=read_context(request),
     )
-    return entry, raw
+
+
+def _directed(kernel: EmbeddedKernel, request: Request) -> tuple[Entry, int, int]:
+    """The entry of the selector and direction of the request, and the type and priority that it names."""
+    pair(kernel, request)
+    raw = request.raw(X.POLICY)
+    if not raw:
+        raise RefusedError("EINVAL")
+    action, direction, _, priority = kernel.wire.read_policy(raw)
+    if not Direction.IN <= direction <= Direction.FWD:
+        raise RefusedError("EINVAL")
+    return selector_of(kernel, request, direction), action, priority
 
 
 def read_context(request: Request) -> bytes:
     """The security context extension, as a kernel with SELinux takes it: of that LSM, or EINVAL."""
     raw = request.raw(_SEC_CTX)
     if raw and (raw[4], raw[5]) != (1, 1):
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     return raw
 
 
@@ -118,9 +118,9 @@ def _read_templates(kernel: EmbeddedKernel, entry: Entry, raw: bytes) -> None:
     while len(raw) - offset >= 16:
         size = wire.u16.unpack_from(raw, offset)[0]
         if not 16 <= size <= len(raw) - offset:
-            raise Refused("EINVAL")
+            raise RefusedError("EINVAL")
         if len(templates) >= kernel.profile.templates_maximum:
-            raise Refused("ELOOP")
+            raise RefusedError("ELOOP")
         templates.append(_read_template(kernel, entry, raw[offset : offset + size]))
         offset += size
     entry.templates = tuple(templates)
@@ -132,9 +132,9 @@ def _read_template(kernel: EmbeddedKernel, entry: Entry, raw: bytes) -> Template
     _, protocol, mode, level, reqid = kernel.wire.read_request(raw, 0)
     protocol &= 0xFF
     if mode == Mode.ANY or protocol not in _PROTOCOLS or mode not in _MODES:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     if level == Level.USE and mode in (Mode.TUNNEL, Mode.BEET) and entry.direction == Direction.OUT:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     if level == Level.UNIQUE:
         reqid = reqid if 0 < reqid <= _MANUAL_REQIDS else _new_reqid(kernel)
     else:
@@ -143,10 +143,10 @@ def _read_template(kernel: EmbeddedKernel, entry: Entry, raw: bytes) -> Template
         return Template(protocol, Mode(mode), None, None, reqid, Level(level))
     source = kernel.wire.endpoint(raw[16:])
     if source is None or len(raw) - 16 < len(pad8(bytes(2 * len(source.raw)))):
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     destination = kernel.wire.endpoint(raw[16 + len(source.raw) :])
     if destination is None or destination.version != source.version:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     return Template(protocol, Mode.TUNNEL, source.ip, destination.ip, reqid, Level(level))
 
 
@@ -156,7 +156,7 @@ def _new_reqid(kernel: EmbeddedKernel) -> int:
     return kernel.reqids
 
 
-def _write_templates(kernel: EmbeddedKernel, entry: Entry) -> None:
+def write_templates(kernel: EmbeddedKernel, entry: Entry) -> None:
     """What replies show.  The length in the header goes wrong when a tunnel of the other family comes before a
     transport template: the kernel allots the latter room for one family and takes back that of the other.
     """
@@ -193,7 +193,7 @@ def _body(kernel: EmbeddedKernel, entry: Entry) -> bytes:
             + wire.lifetime(X.LIFETIME_HARD, entry.hard or Limits())
             + wire.lifetime(X.LIFETIME_SOFT, entry.soft or Limits())
             + wire.lifetime(X.LIFETIME_CURRENT, current)
-            + wire.policy(entry.action, entry.direction, 0, entry.id, entry.priority, entry.requests)
+            + wire.policy(entry.action, entry.direction, id=entry.id, priority=entry.priority, requests=entry.requests)
             + entry.context
         )
     return entry.body
@@ -212,16 +212,22 @@ def _timer_runs(entry: Entry, now: float) -> bool:
 
 
 def _answer(kernel: EmbeddedKernel, request: Request, kind: int, entry: Entry, references: int) -> bytes:
-    message = kernel.wire.message(kind, 0, request.seq, request.pid, references, _body(kernel, entry))
+    message = kernel.wire.answer(request, _body(kernel, entry), type=kind, satype=0, reserved=references)
     return shorten(kernel, message, entry.length_error) if entry.length_error else message
 
 
 def add(kernel: EmbeddedKernel, request: Request) -> None:
     """SPDADD, SPDSETIDX (the same) and SPDUPDATE, which adds where nothing is to be replaced."""
-    entry, raw = _entry(kernel, request)
-    if kernel.wire.read_policy(raw)[0] == Action.IPSEC:
-        _read_templates(kernel, entry, raw)
-    _write_templates(kernel, entry)
+    entry, action, priority = _directed(kernel, request)
+    entry.priority = priority
+    if action > Action.IPSEC:
+        raise RefusedError("EINVAL")
+    entry.hard = read_limits(kernel, request, X.LIFETIME_HARD)
+    entry.soft = read_limits(kernel, request, X.LIFETIME_SOFT)
+    entry.action = Action.NONE if action else Action.DISCARD
+    if action == Action.IPSEC:
+        _read_templates(kernel, entry, request.raw(X.POLICY))
+    write_templates(kernel, entry)
     old = kernel.spd.find(entry.identity)
     if old is None:
         entry.id = _new_id(kernel, entry.direction)
@@ -232,7 +238,7 @@ def add(kernel: EmbeddedKernel, request: Request) -> None:
         kernel.spd.replace(old, entry)
         kernel.step("replaced")
     else:
-        raise Refused("EEXIST")
+        raise RefusedError("EEXIST")
     for limit in (entry.hard, entry.soft):
         if limit and (limit.addtime or limit.usetime):
             kernel.schedule(entry.created)
@@ -242,10 +248,10 @@ def add(kernel: EmbeddedKernel, request: Request) -> None:
 
 def delete(kernel: EmbeddedKernel, request: Request) -> None:
     """SPDDELETE: by selector and direction."""
-    wanted, _ = _entry(kernel, request)
+    wanted, _, _ = _directed(kernel, request)
     entry = kernel.spd.find(wanted.identity)
     if entry is None:
-        raise Refused("ENOENT")
+        raise RefusedError("ENOENT")
     _remove(kernel, entry, "deleted")
     kernel.broadcast(_answer(kernel, request, M.SPDDELETE, entry, 1), Receivers.ALL)
 
@@ -254,13 +260,13 @@ def get(kernel: EmbeddedKernel, request: Request) -> None:
     """SPDGET and SPDDELETE2: by id."""
     raw = request.raw(X.POLICY)
     if not raw:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     id = kernel.wire.read_policy(raw)[2]
     if id & 7 >= Direction.FWD:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     entry = kernel.spd.by_id(id)
     if entry is None:
-        raise Refused("ENOENT")
+        raise RefusedError("ENOENT")
     if request.type == M.SPDGET:
         references = 2 + _timer_runs(entry, kernel.now())
         answer = _answer(kernel, request, M.SPDGET, entry, references)
@@ -275,10 +281,10 @@ def flush(kernel: EmbeddedKernel, request: Request) -> None:
     entries = list(kernel.spd)
     for entry in entries:
         _remove(kernel, entry, "flushed")
-    answer = kernel.wire.message(request.type, request.satype, request.seq, request.pid, 0, b"")
+    answer = kernel.wire.answer(request)
     kernel.broadcast(answer, Receivers.SENDER, request.channel)
     if entries:
-        notice = kernel.wire.message(request.type, 0, request.seq, request.pid, 0, b"")
+        notice = kernel.wire.answer(request, satype=0)
         kernel.broadcast(notice, Receivers.ALL)
 
 

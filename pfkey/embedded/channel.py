@@ -41,7 +41,7 @@ def _linux_cost(length: int) -> int:
 
 
 def _kame_mbufs(length: int) -> int:
-    """The memory of a message's mbufs on FreeBSD: 168 bytes fit the first, 224 each further one, one for the address."""
+    """The memory of a message's mbufs on FreeBSD: one for the address, one for 168 bytes, one for each further 224."""
     return 256 * (2 + max(0, -(-(length - 168) // 224)))
 
 

@@ -10,9 +10,11 @@ from ..constants import MessageType as M
 from ..constants import PolicyScope, SAType
 from . import kame_associations as associations
 from . import kame_policies as policies
+from . import kame_time as times
 from .delivery import Receivers
-from .kame_associations import acquire, association_key, check_usage
-from .wire import HEADER_SIZE, Refused, Request, SendFailed
+from .kame_associations import association_key
+from .kame_time import acquire, check_usage
+from .wire import HEADER_SIZE, RefusedError, Request, SendFailedError
 
 if TYPE_CHECKING:
     from .channel import EmbeddedChannel
@@ -52,40 +54,34 @@ _SIZES = {
 
 
 def receive(kernel: EmbeddedKernel, channel: EmbeddedChannel, data: bytes) -> None:
-    """One send(): raises SendFailed where the system call fails, else does the work and answers.
+    """One send(): raises SendFailedError where the system call fails, else does the work and answers.
 
     ENOBUFS from here can come after the work: then the reply did not fit the sender's own receive buffer.
     """
     if len(data) > kernel.profile.send_buffer:
-        raise SendFailed("EMSGSIZE")
+        raise SendFailedError("EMSGSIZE")
     if len(data) < HEADER_SIZE:
-        raise SendFailed("EINVAL")
+        raise SendFailedError("EINVAL")
     version, kind, errno, satype, words, reserved, seq, pid = kernel.wire.header.unpack_from(data)
     if words * 8 != len(data):
-        raise SendFailed("EINVAL")
+        raise SendFailedError("EINVAL")
     request = Request(bytearray(data), channel, version, kind, errno, satype, reserved, seq, pid)
     try:
-        if version != 2 or kind > _TYPE_MAXIMUM:
-            raise Refused("EINVAL")
-        if len(data) > kernel.profile.message_limit:
-            raise SendFailed("ENOBUFS")
+        _check_header(kernel, request)
         _read_extensions(kernel, request)
         _check_satype(request)
         _check_addresses(kernel, request)
-        handler = _HANDLERS.get(kind)
-        if handler is None:
-            raise Refused("EINVAL")
-        handler(kernel, request)
-    except Refused as refused:
+        _HANDLERS.get(kind, _unsupported)(kernel, request)
+    except RefusedError as refused:
         request.overflowed |= not _echo(kernel, channel, request.data, refused.name)
     if request.overflowed:
-        raise SendFailed("ENOBUFS")
+        raise SendFailedError("ENOBUFS")
 
 
 def refuse(kernel: EmbeddedKernel, channel: EmbeddedChannel, data: bytes, error: str) -> None:
     """Answer with the whole request and errno."""
     if not _echo(kernel, channel, bytearray(data), error):
-        raise SendFailed("ENOBUFS")
+        raise SendFailedError("ENOBUFS")
 
 
 def _echo(kernel: EmbeddedKernel, channel: EmbeddedChannel, data: bytearray, error: str) -> bool:
@@ -95,11 +91,23 @@ def _echo(kernel: EmbeddedKernel, channel: EmbeddedChannel, data: bytearray, err
 
 def promiscuous_copy(kernel: EmbeddedKernel, message: bytes) -> bytes:
     """Promiscuous connections get the message behind a header of type PROMISC."""
-    return kernel.wire.message(M.PROMISC, 0, 0, 0, 0, message)
+    return kernel.wire.message(M.PROMISC, 0, 0, 0, message)
 
 
 def resume_dump(kernel: EmbeddedKernel, channel: EmbeddedChannel) -> None:
     """A dump is over when send() returns."""
+
+
+def _check_header(kernel: EmbeddedKernel, request: Request) -> None:
+    if request.version != 2 or request.type > _TYPE_MAXIMUM:
+        raise RefusedError("EINVAL")
+    if len(request.data) > kernel.profile.message_limit:
+        raise SendFailedError("ENOBUFS")
+
+
+def _unsupported(kernel: EmbeddedKernel, request: Request) -> None:
+    """A type that only the kernel itself sends."""
+    raise RefusedError("EINVAL")
 
 
 def _read_extensions(kernel: EmbeddedKernel, request: Request) -> None:
@@ -112,14 +120,14 @@ def _read_extensions(kernel: EmbeddedKernel, request: Request) -> None:
         length, number = kernel.wire.head(data, offset)
         least, most = _SIZES.get(number, (0, 0))
         if not least or number in request.extensions:
-            raise SendFailed("EINVAL")
+            raise SendFailedError("EINVAL")
         if length < least or (most and length > most):
-            raise SendFailed("EINVAL")
+            raise SendFailedError("EINVAL")
         sockaddr = data[offset + 8 : offset + 9]
         if number in _ADDRESSES and sockaddr and (length < 10 or 8 + (sockaddr[0] + 7) // 8 * 8 != length):
-            raise SendFailed("EINVAL")
+            raise SendFailedError("EINVAL")
         if offset + length > len(data):
-            raise SendFailed("ENOBUFS")
+            raise SendFailedError("ENOBUFS")
         request.extensions[number] = (offset, length)
         offset += length
 
@@ -129,17 +137,17 @@ def _check_satype(request: Request) -> None:
     if kind == M.SPDDUMP:
         # Here it is a mask of scopes.
         if satype not in PolicyScope._value2member_map_:
-            raise Refused("EINVAL")
+            raise RefusedError("EINVAL")
     elif satype == SAType.UNSPEC:
         if kind in _NEED_SATYPE:
-            raise Refused("EINVAL")
+            raise RefusedError("EINVAL")
     elif satype in _SA_TYPES:
         if kind in _REFUSE_SATYPE:
-            raise Refused("EINVAL")
+            raise RefusedError("EINVAL")
     elif satype in _UNSUPPORTED_TYPES:
-        raise Refused("EOPNOTSUPP")
+        raise RefusedError("EOPNOTSUPP")
     elif satype != 1 or kind != M.PROMISC:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
 
 
 def _check_addresses(kernel: EmbeddedKernel, request: Request) -> None:
@@ -148,25 +156,25 @@ def _check_addresses(kernel: EmbeddedKernel, request: Request) -> None:
         return
     source, destination = request.raw(X.ADDRESS_SRC), request.raw(X.ADDRESS_DST)
     if source[4] != destination[4] or source[8:10] != destination[8:10]:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     size, family = source[8:10]
     known = {kernel.abi.af_inet: (16, 32), kernel.abi.af_inet6: (28, 128)}
     if family not in known:
-        raise Refused("EAFNOSUPPORT")
+        raise RefusedError("EAFNOSUPPORT")
     expected, width = known[family]
     if size != expected or max(source[5], destination[5]) > width:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
 
 
 def _register(kernel: EmbeddedKernel, request: Request) -> None:
     """For a type of SA once for each connection; without a type it only lists the algorithms."""
     if request.satype:
         if request.satype in request.channel.registered:
-            raise Refused("EEXIST")
+            raise RefusedError("EEXIST")
         request.channel.registered.add(request.satype)
     body = kernel.wire.supported(X.SUPPORTED_AUTH, kernel.profile.authentication)
     body += kernel.wire.supported(X.SUPPORTED_ENCRYPT, kernel.profile.encryption)
-    answer = kernel.wire.message(request.type, request.satype, request.seq, request.pid, request.reserved, body)
+    answer = kernel.wire.answer(request, body, reserved=request.reserved)
     request.overflowed |= not kernel.broadcast(answer, Receivers.REGISTERED, request.channel)
 
 
@@ -176,7 +184,7 @@ def _promisc(kernel: EmbeddedKernel, request: Request) -> None:
         message = bytes(request.data[HEADER_SIZE:])
     else:
         if request.satype > 1:
-            raise Refused("EINVAL")
+            raise RefusedError("EINVAL")
         request.channel.promiscuous = bool(request.satype)
         request.data[2] = 0
         message = bytes(request.data)
@@ -185,7 +193,7 @@ def _promisc(kernel: EmbeddedKernel, request: Request) -> None:
 
 def expire(kernel: EmbeddedKernel, now: float) -> float:
     """Expire what is due and say when to look again."""
-    return min(policies.expire(kernel, now), associations.expire(kernel, now))
+    return min(policies.expire(kernel, now), times.expire(kernel, now))
 
 
 _HANDLERS: dict[int, Callable[[EmbeddedKernel, Request], None]] = {
@@ -194,7 +202,7 @@ _HANDLERS: dict[int, Callable[[EmbeddedKernel, Request], None]] = {
     M.ADD: associations.add,
     M.DELETE: associations.delete,
     M.GET: associations.get,
-    M.ACQUIRE: associations.acquire_from_user,
+    M.ACQUIRE: times.acquire_from_user,
     M.REGISTER: _register,
     M.FLUSH: associations.flush,
     M.DUMP: associations.dump,

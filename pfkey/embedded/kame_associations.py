@@ -4,39 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from math import inf
 from typing import TYPE_CHECKING
 
 from ..constants import ExtensionType as X
 from ..constants import MessageType as M
 from ..constants import Mode, SAState, SAType, UpperProtocol
-from ..messages import Template
 from .delivery import Receivers
 from .kame_policies import ends, gather, tell
 from .sad import NATT, Association
-from .spd import Entry, Packet
-from .wire import Endpoint, Limits, Refused, Request
+from .wire import Endpoint, Limits, RefusedError, Request
 
 if TYPE_CHECKING:
     from .kernel import EmbeddedKernel
 
 __all__ = [
-    "acquire",
-    "acquire_from_user",
+    "SATYPES",
     "add",
+    "addresses",
     "association_key",
-    "check_usage",
     "delete",
     "dump",
-    "expire",
     "flush",
     "get",
     "getspi",
+    "index",
+    "start",
     "update",
 ]
 
 _PROTOCOLS = {SAType.AH: 51, SAType.ESP: 50, SAType.IPCOMP: 108, SAType.TCPSIGNATURE: 6, SAType.UNSPEC: 255}
-_SATYPES = {51: SAType.AH, 50: SAType.ESP, 108: SAType.IPCOMP, 6: SAType.TCPSIGNATURE}
+SATYPES = {51: SAType.AH, 50: SAType.ESP, 108: SAType.IPCOMP, 6: SAType.TCPSIGNATURE}
 _OAI, _OAR = X.NAT_T_OAI & 0xFF, X.NAT_T_OAR & 0xFF
 _SA_REPLAY, _NEW_SRC, _NEW_DST = X.SA_REPLAY & 0xFF, X.NEW_ADDRESS_SRC & 0xFF, X.NEW_ADDRESS_DST & 0xFF
 _REPLY = (
@@ -53,7 +50,6 @@ _COMBINED = {18, 19, 20, 23}
 _GMAC = {128: 11, 192: 12, 256: 13}
 """Bits of an AES-GCM key -> the authentication that the kernel notes down for it."""
 _SMALLEST_SPI = 256
-_ACQUIRES_BLOCKED, _ACQUIRE_SECONDS = 10, 20
 
 
 def association_key(association: Association) -> tuple[object, ...]:
@@ -66,11 +62,11 @@ def association_key(association: Association) -> tuple[object, ...]:
 def _protocol(request: Request) -> int:
     protocol = _PROTOCOLS.get(SAType(request.satype), 0)
     if not protocol:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     return protocol
 
 
-def _index(kernel: EmbeddedKernel, request: Request) -> Association:
+def index(kernel: EmbeddedKernel, request: Request) -> Association:
     """An SA that is still only its group: protocol, mode, reqid and the two addresses, without ports."""
     source, destination = ends(kernel, request)
     mode, reqid = kernel.wire.read_sa2(request.raw(X.SA2)) if X.SA2 in request else (Mode.ANY, 0)
@@ -95,15 +91,15 @@ def _without_port(kernel: EmbeddedKernel, end: Endpoint) -> Endpoint:
 def _check_extensions(request: Request) -> None:
     """What ADD and UPDATE need: SA and both addresses, and of the two lifetimes both or none."""
     if any(kind not in request for kind in (X.SA, X.ADDRESS_SRC, X.ADDRESS_DST)):
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     if (X.LIFETIME_HARD in request) != (X.LIFETIME_SOFT in request):
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
 
 
 def _check_keys(request: Request) -> None:
     needed = {SAType.ESP: X.KEY_ENCRYPT, SAType.AH: X.KEY_AUTH}
     if request.satype in needed and needed[SAType(request.satype)] not in request:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
 
 
 # GETSPI.
@@ -111,15 +107,19 @@ def _check_keys(request: Request) -> None:
 
 def getspi(kernel: EmbeddedKernel, request: Request) -> None:
     """A larval SA; the reply is SA (of which the real kernel fills in the SPI only) and the addresses as sent."""
-    sa = _index(kernel, request)
+    sa = index(kernel, request)
     sa.spi = _free_spi(kernel, sa, request)
     if not sa.spi:
-        raise Refused("EEXIST")
+        raise RefusedError("EEXIST")
     _check_spi(sa)
     _file(kernel, sa)
     kernel.schedule(sa.created)
-    body = kernel.wire.sa(sa.spi, 0, 0, 0, 0, 0) + request.raw(X.ADDRESS_SRC) + request.raw(X.ADDRESS_DST)
-    answer = kernel.wire.message(M.GETSPI, request.satype, request.seq, request.pid, request.reserved, body)
+    body = (
+        kernel.wire.sa(sa.spi, 0, 0, auth=0, encrypt=0, flags=0)
+        + request.raw(X.ADDRESS_SRC)
+        + request.raw(X.ADDRESS_DST)
+    )
+    answer = kernel.wire.answer(request, body, reserved=request.reserved)
     tell(kernel, request, answer, Receivers.SENDER)
 
 
@@ -142,7 +142,7 @@ def _free_spi(kernel: EmbeddedKernel, sa: Association, request: Request) -> int:
 
 def _check_spi(sa: Association) -> None:
     if sa.satype in (SAType.AH, SAType.ESP) and sa.spi < _SMALLEST_SPI:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
 
 
 def _file(kernel: EmbeddedKernel, sa: Association) -> None:
@@ -160,18 +160,18 @@ def _fill(kernel: EmbeddedKernel, request: Request, sa: Association) -> Associat
     spi, replay, _, auth, encrypt, flags = kernel.wire.read_sa(request.raw(X.SA))
     filled = replace(sa, spi=spi, state=SAState.MATURE, auth=auth, encrypt=encrypt, flags=flags)
     if flags & ~_FLAGS:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     filled.natt = _natt(kernel, request)
     filled.has_window = not flags & _OLD_ESP
     filled.replay = replay if filled.has_window else 0
     if _SA_REPLAY in request and filled.has_window:
         packets = kernel.wire.u32.unpack_from(request.raw(_SA_REPLAY), 4)[0]
         if packets > 0xFFFFFFFF - 32:
-            raise Refused("EINVAL")
+            raise RefusedError("EINVAL")
         filled.replay = (packets + 7) // 8
     for kind, allowed in ((X.KEY_AUTH, (SAType.AH, SAType.ESP, SAType.TCPSIGNATURE)), (X.KEY_ENCRYPT, _WITH_KEYS)):
         if kind in request and request.satype not in allowed:
-            raise Refused("EINVAL")
+            raise RefusedError("EINVAL")
     filled.auth_key = _key(kernel, request, X.KEY_AUTH, empty=auth == _NULL_AUTHENTICATION)
     encrypt_empty = encrypt == _NULL_ENCRYPTION or request.satype == SAType.IPCOMP
     filled.encrypt_key = _key(kernel, request, X.KEY_ENCRYPT, empty=encrypt_empty)
@@ -189,10 +189,10 @@ def _key(kernel: EmbeddedKernel, request: Request, kind: int, *, empty: bool) ->
         return None
     raw = request.raw(kind)
     if len(raw) == 8 and not empty:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     bits, data = kernel.wire.read_key(raw)
     if len(raw) < 8 + len(data):
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     return (bits, data) if len(raw) > 8 else None
 
 
@@ -207,7 +207,7 @@ def _natt(kernel: EmbeddedKernel, request: Request) -> NATT | None:
     source, destination = (kernel.wire.read_port(request.raw(kind)) for kind in (X.NAT_T_SPORT, X.NAT_T_DPORT))
     encapsulation = request.raw(X.NAT_T_TYPE)[4]
     if encapsulation != 2 or not source or not destination or request.satype != SAType.ESP:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     return NATT(encapsulation, source, destination, request.raw(_OAI) + request.raw(_OAR))
 
 
@@ -216,29 +216,29 @@ def _in_table(rows: Iterable[tuple[int, int, int, int]], number: int) -> tuple[i
     for row in rows:
         if row[0] == number:
             return row[2], row[3]
-    raise Refused("EINVAL")
+    raise RefusedError("EINVAL")
 
 
 def _check_authentication(kernel: EmbeddedKernel, sa: Association) -> None:
     _, most = _in_table(kernel.profile.authentication, sa.auth)
     if sa.auth_key is None and sa.auth != _NULL_AUTHENTICATION:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     if sa.auth_key is not None and sa.auth_key[0] > most:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
 
 
 def _check_encryption(kernel: EmbeddedKernel, sa: Association) -> None:
     least, most = _in_table(kernel.profile.encryption, sa.encrypt)
     bits = (sa.encrypt_key[0] if sa.encrypt_key else 0) - _SALTED.get(sa.encrypt, 0)
     if sa.encrypt_key is None and sa.encrypt != _NULL_ENCRYPTION:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     if sa.encrypt != _NULL_ENCRYPTION and not least <= bits <= most:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     if sa.auth:
         _check_authentication(kernel, sa)
     if sa.encrypt in _COMBINED:
         if bits not in _GMAC:
-            raise Refused("EINVAL")
+            raise RefusedError("EINVAL")
         sa.auth = _GMAC[bits]
     elif sa.encrypt == _CHACHA:
         sa.auth = 14
@@ -246,13 +246,13 @@ def _check_encryption(kernel: EmbeddedKernel, sa: Association) -> None:
 
 def _check_compression(kernel: EmbeddedKernel, sa: Association) -> None:
     if sa.encrypt not in kernel.profile.compression:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
 
 
 def _check_tcp(kernel: EmbeddedKernel, sa: Association) -> None:
     bits = sa.auth_key[0] if sa.auth_key else 0
     if not kernel.profile.tcp_signature or sa.auth != _TCP_MD5 or not 8 <= bits <= 640:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
 
 
 _CHECKS = {
@@ -267,10 +267,10 @@ def add(kernel: EmbeddedKernel, request: Request) -> None:
     """ADD: the reply is the request without its keys, to everybody."""
     _check_extensions(request)
     _check_keys(request)
-    sa = _index(kernel, request)
+    sa = index(kernel, request)
     sa.spi = kernel.wire.read_sa(request.raw(X.SA))[0]
     if kernel.sad.find(*association_key(sa)) is not None:
-        raise Refused("EEXIST")
+        raise RefusedError("EEXIST")
     _check_spi(sa)
     sa = _fill(kernel, request, sa)
     _file(kernel, sa)
@@ -281,13 +281,13 @@ def add(kernel: EmbeddedKernel, request: Request) -> None:
 def update(kernel: EmbeddedKernel, request: Request) -> None:
     """UPDATE: completes a larval SA; of a mature one it changes lifetimes and addresses, and refuses keys."""
     _check_extensions(request)
-    wanted = _index(kernel, request)
+    wanted = index(kernel, request)
     wanted.spi = kernel.wire.read_sa(request.raw(X.SA))[0]
     sa = kernel.sad.find(*association_key(wanted))
     if sa is None or sa.pid != request.pid:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     if not _same_index(sa, wanted):
-        raise Refused("ESRCH")
+        raise RefusedError("ESRCH")
     if sa.state == SAState.LARVAL:
         _check_keys(request)
         filled = _fill(kernel, request, sa)
@@ -295,7 +295,7 @@ def update(kernel: EmbeddedKernel, request: Request) -> None:
         kernel.sad.add(filled)
     else:
         if X.KEY_ENCRYPT in request or X.KEY_AUTH in request:
-            raise Refused("EINVAL")
+            raise RefusedError("EINVAL")
         if X.LIFETIME_HARD in request:
             sa.hard, sa.soft = _limits(kernel, request, X.LIFETIME_HARD), _limits(kernel, request, X.LIFETIME_SOFT)
         _move(kernel, request, sa)
@@ -320,7 +320,7 @@ def _move(kernel: EmbeddedKernel, request: Request, sa: Association) -> None:
         if kind in request:
             end = kernel.wire.read_address(request.raw(kind))[2]
             if end is None or end.version != sa.source.version:
-                raise Refused("EINVAL")
+                raise RefusedError("EINVAL")
             moved[name] = _without_port(kernel, end)
     natt = _natt(kernel, request)
     if moved:
@@ -336,26 +336,26 @@ def _move(kernel: EmbeddedKernel, request: Request, sa: Association) -> None:
 
 def _named(kernel: EmbeddedKernel, request: Request) -> Association:
     """The SA with this SPI (or TCP-MD5 key with these addresses); protocol and addresses must be its own."""
-    wanted = _index(kernel, request)
+    wanted = index(kernel, request)
     wanted.spi = kernel.wire.read_sa(request.raw(X.SA))[0]
     sa = kernel.sad.find(*association_key(wanted))
     if sa is None or sa.protocol != wanted.protocol or sa.group[3:] != wanted.group[3:]:
-        raise Refused("ESRCH")
+        raise RefusedError("ESRCH")
     return sa
 
 
 def get(kernel: EmbeddedKernel, request: Request) -> None:
     """One SA with its keys, to the sender."""
     if X.SA not in request:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     sa = _named(kernel, request)
-    answer = kernel.wire.message(M.GET, sa.satype, request.seq, request.pid, 2, _body(kernel, sa))
+    answer = kernel.wire.answer(request, body_of(kernel, sa), reserved=2)
     tell(kernel, request, answer, Receivers.SENDER)
 
 
 def delete(kernel: EmbeddedKernel, request: Request) -> None:
     """One SA; without an SA extension every one between the two that is not larval, even if there is none."""
-    wanted = _index(kernel, request)
+    wanted = index(kernel, request)
     if X.SA not in request:
         for sa in kernel.sad:
             same = sa.protocol == wanted.protocol and sa.group[3:] == wanted.group[3:]
@@ -381,21 +381,21 @@ def dump(kernel: EmbeddedKernel, request: Request) -> None:
     protocol = _protocol(request)
     found = [sa for sa in kernel.sad.by_groups() if protocol in (_PROTOCOLS[SAType.UNSPEC], sa.protocol)]
     if not found:
-        raise Refused("ENOENT")
+        raise RefusedError("ENOENT")
     for left, sa in zip(range(len(found) - 1, -1, -1), found, strict=True):
-        part = kernel.wire.message(M.DUMP, sa.satype, left, request.pid, 1, _body(kernel, sa))
+        part = kernel.wire.message(M.DUMP, sa.satype, left, request.pid, body_of(kernel, sa), reserved=1)
         kernel.broadcast(part, Receivers.SENDER, request.channel)
 
 
-def _body(kernel: EmbeddedKernel, sa: Association) -> bytes:
+def body_of(kernel: EmbeddedKernel, sa: Association) -> bytes:
     """The SA as GET and DUMP show it (key_setdumpsa)."""
     wire = kernel.wire
-    parts = _start(kernel, sa)
+    parts = start(kernel, sa)
     if sa.hard is not None:
         parts.append(wire.lifetime(X.LIFETIME_HARD, sa.hard))
     if sa.soft is not None:
         parts.append(wire.lifetime(X.LIFETIME_SOFT, sa.soft))
-    parts += [wire.lifetime(X.LIFETIME_CURRENT, sa.current), _addresses(kernel, sa)]
+    parts += [wire.lifetime(X.LIFETIME_CURRENT, sa.current), addresses(kernel, sa)]
     if sa.auth_key:
         parts.append(wire.key(X.KEY_AUTH, *sa.auth_key))
     if sa.encrypt_key:
@@ -408,11 +408,11 @@ def _body(kernel: EmbeddedKernel, sa: Association) -> bytes:
     return b"".join(parts)
 
 
-def _start(kernel: EmbeddedKernel, sa: Association) -> list[bytes]:
+def start(kernel: EmbeddedKernel, sa: Association) -> list[bytes]:
     """SA, SA2 and, for a window that the SA extension cannot say, SA_REPLAY in packets."""
     wire = kernel.wire
     parts = [
-        wire.sa(sa.spi, min(sa.replay, 255), sa.state, sa.auth, sa.encrypt, sa.flags),
+        wire.sa(sa.spi, min(sa.replay, 255), sa.state, auth=sa.auth, encrypt=sa.encrypt, flags=sa.flags),
         wire.sa2(sa.mode, sa.reqid, 0),
     ]
     if sa.replay > 255:
@@ -420,118 +420,8 @@ def _start(kernel: EmbeddedKernel, sa: Association) -> list[bytes]:
     return parts
 
 
-def _addresses(kernel: EmbeddedKernel, sa: Association) -> bytes:
+def addresses(kernel: EmbeddedKernel, sa: Association) -> bytes:
+    """Both addresses, with protocol 255."""
     wire, width = kernel.wire, 32 if sa.source.version == 4 else 128
     source = wire.address(X.ADDRESS_SRC, sa.source.raw, UpperProtocol.ANY, width)
     return source + wire.address(X.ADDRESS_DST, sa.destination.raw, UpperProtocol.ANY, width)
-
-
-# Time, use, ACQUIRE.
-
-
-def expire(kernel: EmbeddedKernel, now: float) -> float:
-    """Larval SAs vanish in silence; a hard limit goes before a soft one, and those who registered hear of both."""
-    following = inf
-    for sa in kernel.sad:
-        if sa.state == SAState.LARVAL:
-            due = sa.created + kernel.profile.larval_seconds
-            if now > due:
-                kernel.sad.remove(sa)
-            else:
-                following = min(following, due + 1)
-        elif sa.hard is not None and sa.soft is not None:
-            if now > _due(sa, sa.hard):
-                _end(kernel, sa)
-                continue
-            if sa.state == SAState.MATURE and now > _due(sa, sa.soft):
-                _dying(kernel, sa)
-            due = _due(sa, sa.hard)
-            if sa.state == SAState.MATURE:
-                due = min(due, _due(sa, sa.soft))
-            following = min(following, due + 1)
-    return following
-
-
-def _due(sa: Association, limits: Limits) -> float:
-    return min(sa.created + (limits.addtime or inf), (sa.used or inf) + (limits.usetime or inf))
-
-
-def _end(kernel: EmbeddedKernel, sa: Association) -> None:
-    kernel.sad.remove(sa)
-    sa.state = SAState.DEAD
-    _tell_expiry(kernel, sa, X.LIFETIME_HARD, sa.hard)
-
-
-def _dying(kernel: EmbeddedKernel, sa: Association) -> None:
-    sa.state = SAState.DYING
-    _tell_expiry(kernel, sa, X.LIFETIME_SOFT, sa.soft)
-
-
-def _tell_expiry(kernel: EmbeddedKernel, sa: Association, kind: int, limits: Limits | None) -> None:
-    wire = kernel.wire
-    parts = [*_start(kernel, sa), wire.lifetime(X.LIFETIME_CURRENT, sa.current)]
-    parts += [wire.lifetime(kind, limits or Limits()), _addresses(kernel, sa)]
-    message = wire.message(M.EXPIRE, sa.satype, 0, 0, 1, b"".join(parts))
-    kernel.broadcast(message, Receivers.REGISTERED)
-
-
-def check_usage(kernel: EmbeddedKernel, sa: Association) -> None:
-    """After a packet: limits of packets and bytes, and the clocks that start at the first use."""
-    for limits, act in ((sa.hard, _end), (sa.soft, _dying)):
-        if limits is None or sa.state not in ((SAState.MATURE,) if act is _dying else (SAState.MATURE, SAState.DYING)):
-            continue
-        if 0 < limits.allocations < sa.packets or 0 < limits.bytes < sa.octets:
-            act(kernel, sa)
-    kernel.schedule(kernel.now())
-
-
-def acquire(
-    kernel: EmbeddedKernel,
-    entry: Entry,
-    template: Template,
-    source: Endpoint,
-    destination: Endpoint,
-    packet: Packet,
-) -> None:
-    """Ask for an SA: at the first packet, and again after ten more or twenty seconds."""
-    now, key = kernel.now(), (template.protocol, template.mode, template.reqid, source, destination)
-    record = kernel.acquires.get(key)
-    if record is not None and now - record[2] <= _ACQUIRE_SECONDS:
-        if record[1] < _ACQUIRES_BLOCKED:
-            record[1] += 1
-            return
-        record[1] = 0
-    else:
-        kernel.acquire_seq += 1
-        record = kernel.acquires[key] = [kernel.acquire_seq, 0, now]
-    wire, width = kernel.wire, 32 if source.version == 4 else 128
-    body = wire.address(X.ADDRESS_SRC, source.raw, packet.protocol, width)
-    body += wire.address(X.ADDRESS_DST, destination.raw, packet.protocol, width)
-    body += wire.policy(entry.action, entry.direction, 0, entry.id, entry.priority)
-    if template.reqid:
-        body += wire.sa2(template.mode, template.reqid)
-    # The real kernel's proposal lists combinations of its algorithms; this one leaves the choice open.
-    body += wire.small(X.PROPOSAL, bytes((32, 0, 0, 0)))
-    message = wire.message(M.ACQUIRE, _SATYPES.get(template.protocol, 0), int(record[0]), 0, 0, body)
-    kernel.broadcast(message, Receivers.REGISTERED)
-
-
-def acquire_from_user(kernel: EmbeddedKernel, request: Request) -> None:
-    """Bare with errno: a key daemon gave up, the next packet asks again; no reply.  Else it asks the others for an SA."""
-    if len(request.data) == 16:
-        if request.errno and request.seq:
-            for key in [key for key, record in kernel.acquires.items() if record[0] == request.seq]:
-                del kernel.acquires[key]
-        return
-    if X.PROPOSAL not in request:
-        raise Refused("EINVAL")
-    wanted = _index(kernel, request)
-    if any(sa.group == wanted.group for sa in kernel.sad):
-        raise Refused("EEXIST")
-    kernel.acquire_seq += 1
-    body = request.raw(X.ADDRESS_SRC) + request.raw(X.ADDRESS_DST)
-    if wanted.reqid:
-        body += kernel.wire.sa2(wanted.mode, wanted.reqid)
-    body += kernel.wire.small(X.PROPOSAL, bytes((32, 0, 0, 0)))
-    message = kernel.wire.message(M.ACQUIRE, request.satype, kernel.acquire_seq, 0, 0, body)
-    kernel.broadcast(message, Receivers.REGISTERED)

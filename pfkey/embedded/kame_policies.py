@@ -1,4 +1,4 @@
-"""FreeBSD's policies: what SPDADD stores, when SPDUPDATE unlinks, what a reply and a dump show (key.c of 12.1 to 14.3)."""
+"""FreeBSD's policies: what SPDADD stores, when SPDUPDATE unlinks, what replies and dumps show (key.c, 12.1 to 14.3)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..messages import Template
 from .delivery import Receivers
 from .profiles import Update
 from .spd import Entry
-from .wire import HEADER_SIZE, Endpoint, Limits, Refused, Request, pad8
+from .wire import HEADER_SIZE, Endpoint, Limits, RefusedError, Request, pad8
 
 if TYPE_CHECKING:
     from .kernel import EmbeddedKernel
@@ -28,18 +28,18 @@ _MANUAL_REQIDS = 16383
 def ends(kernel: EmbeddedKernel, request: Request) -> tuple[Endpoint, Endpoint]:
     """Source and destination; EINVAL when one is missing."""
     if X.ADDRESS_SRC not in request or X.ADDRESS_DST not in request:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     source = kernel.wire.read_address(request.raw(X.ADDRESS_SRC))[2]
     destination = kernel.wire.read_address(request.raw(X.ADDRESS_DST))[2]
     if source is None or destination is None:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     return source, destination
 
 
 def gather(kernel: EmbeddedKernel, request: Request, *kinds: int) -> bytes:
     """A reply made of the request's own header and extensions, in this order, as the handler left them."""
     body = b"".join(request.raw(kind & 0xFF) for kind in kinds)
-    return kernel.wire.message(request.type, request.satype, request.seq, request.pid, request.reserved, body)
+    return kernel.wire.answer(request, body, reserved=request.reserved)
 
 
 def tell(kernel: EmbeddedKernel, request: Request, message: bytes, receivers: Receivers) -> None:
@@ -49,7 +49,7 @@ def tell(kernel: EmbeddedKernel, request: Request, message: bytes, receivers: Re
 
 def _policy_extension(kernel: EmbeddedKernel, request: Request) -> bytes:
     if X.POLICY not in request:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     return request.raw(X.POLICY)
 
 
@@ -59,9 +59,9 @@ def _entry(kernel: EmbeddedKernel, request: Request, *, adding: bool) -> Entry:
     raw = _policy_extension(kernel, request)
     action, direction, _, priority = kernel.wire.read_policy(raw)
     if direction not in _DIRECTIONS or action not in _TYPES:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     if adding and action == Action.IPSEC and len(raw) <= 16:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     protocol, source_prefix, _ = kernel.wire.read_address(request.raw(X.ADDRESS_SRC))
     _, destination_prefix, _ = kernel.wire.read_address(request.raw(X.ADDRESS_DST))
     hard = kernel.wire.read_lifetime(request.raw(X.LIFETIME_HARD)) if X.LIFETIME_HARD in request else None
@@ -76,10 +76,8 @@ def _entry(kernel: EmbeddedKernel, request: Request, *, adding: bool) -> Entry:
         any_protocol=protocol == UpperProtocol.ANY,
         action=action,
         priority=priority,
-        templates=(),
         created=now,
         hard=Limits(addtime=hard.addtime, usetime=hard.usetime) if hard else None,
-        soft=None,
         used=now,
     )
 
@@ -95,7 +93,7 @@ def _read_templates(kernel: EmbeddedKernel, request: Request, entry: Entry) -> N
     while offset < end:
         size = kernel.wire.u16.unpack_from(request.data, offset)[0]
         if not 8 <= size <= end - offset or len(templates) >= kernel.profile.templates_maximum:
-            raise Refused("EINVAL")
+            raise RefusedError("EINVAL")
         template, shown = _read_template(kernel, request, offset, size)
         templates.append(template)
         written += shown
@@ -107,9 +105,9 @@ def _read_template(kernel: EmbeddedKernel, request: Request, offset: int, size: 
     wire, data = kernel.wire, request.data
     _, protocol, mode, level, reqid = wire.read_request(data, offset)
     if protocol not in _PROTOCOLS:
-        raise Refused("EPROTONOSUPPORT")
+        raise RefusedError("EPROTONOSUPPORT")
     if mode not in (Mode.TRANSPORT, Mode.TUNNEL) or level not in Level._value2member_map_:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     if level != Level.UNIQUE:
         reqid = 0  # kept in the reply, gone from the policy
     elif not 0 < reqid <= _MANUAL_REQIDS:
@@ -118,7 +116,7 @@ def _read_template(kernel: EmbeddedKernel, request: Request, offset: int, size: 
     addresses = bytes(data[offset + 8 : offset + size])
     if mode == Mode.TRANSPORT:
         if addresses:
-            raise Refused("EINVAL")
+            raise RefusedError("EINVAL")
         return Template(SAProtocol(protocol), Mode.TRANSPORT, None, None, reqid, Level(level)), wire.request(
             8, protocol, mode, level, reqid
         )
@@ -131,14 +129,14 @@ def _read_template(kernel: EmbeddedKernel, request: Request, offset: int, size: 
 def _tunnel_ends(kernel: EmbeddedKernel, addresses: bytes) -> tuple[Endpoint, Endpoint]:
     """Two sockaddrs back to back, of one family and length."""
     if len(addresses) < 16 or len(addresses) < 2 * addresses[0]:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     source = kernel.wire.endpoint(addresses)
     if source is None or addresses[0] != len(source.raw):
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     rest = addresses[addresses[0] :]
     destination = kernel.wire.endpoint(rest)
     if destination is None or rest[:2] != addresses[:2]:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     return source, destination
 
 
@@ -163,7 +161,7 @@ def add(kernel: EmbeddedKernel, request: Request) -> None:
     entry = _entry(kernel, request, adding=True)
     old = kernel.spd.find(entry.identity)
     if old is not None and request.type != M.SPDUPDATE:
-        raise Refused("EEXIST")
+        raise RefusedError("EEXIST")
     unlink_first = kernel.profile.update is Update.UNLINK_FIRST
     if old is not None and unlink_first:
         _unlink(kernel, old, "unlinked")
@@ -173,7 +171,7 @@ def add(kernel: EmbeddedKernel, request: Request) -> None:
             _read_templates(kernel, request, entry)
         if old is not None and not unlink_first:
             kernel.stop_after_unlink()
-    except Refused:
+    except RefusedError:
         # FreeBSD 14 looks at the new policy first, and removes the old one all the same.
         if old is not None and not old.dead:
             _unlink(kernel, old, "unlinked")
@@ -212,7 +210,7 @@ def delete(kernel: EmbeddedKernel, request: Request) -> None:
     """SPDDELETE: by selector and direction; the reply is the request with the id filled in."""
     entry = kernel.spd.find(_entry(kernel, request, adding=False).identity)
     if entry is None:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     start, _ = request.extensions[X.POLICY]
     kernel.wire.u32.pack_into(request.data, start + 8, entry.id)
     _unlink(kernel, entry, "deleted")
@@ -223,7 +221,7 @@ def delete_by_id(kernel: EmbeddedKernel, request: Request) -> None:
     """SPDDELETE2."""
     entry = kernel.spd.by_id(kernel.wire.read_policy(_policy_extension(kernel, request))[2])
     if entry is None:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     _unlink(kernel, entry, "deleted")
     tell(kernel, request, gather(kernel, request, X.POLICY), Receivers.ALL)
 
@@ -232,8 +230,8 @@ def get(kernel: EmbeddedKernel, request: Request) -> None:
     """SPDGET: by id, to the sender."""
     entry = kernel.spd.by_id(kernel.wire.read_policy(_policy_extension(kernel, request))[2])
     if entry is None:
-        raise Refused("ENOENT")
-    answer = kernel.wire.message(M.SPDGET, 0, request.seq, request.pid, 2, _body(kernel, entry))
+        raise RefusedError("ENOENT")
+    answer = kernel.wire.answer(request, _body(kernel, entry), reserved=2)
     tell(kernel, request, answer, Receivers.SENDER)
 
 
@@ -256,7 +254,12 @@ def _addresses(kernel: EmbeddedKernel, entry: Entry) -> bytes:
 
 def _shown_policy(kernel: EmbeddedKernel, entry: Entry) -> bytes:
     return kernel.wire.policy(
-        entry.action, entry.direction, PolicyScope.GLOBAL, entry.id, entry.priority, entry.requests
+        entry.action,
+        entry.direction,
+        scope=PolicyScope.GLOBAL,
+        id=entry.id,
+        priority=entry.priority,
+        requests=entry.requests,
     )
 
 
@@ -264,16 +267,16 @@ def dump(kernel: EmbeddedKernel, request: Request) -> None:
     """SPDDUMP: inbound, then outbound, counting down to 0; what does not fit the buffer is lost in silence."""
     entries = [entry for direction in _DIRECTIONS for entry in kernel.spd.in_order(direction)]
     if not entries or not (request.satype == PolicyScope.ANY or request.satype & PolicyScope.GLOBAL):
-        raise Refused("ENOENT")
+        raise RefusedError("ENOENT")
     for left, entry in zip(range(len(entries) - 1, -1, -1), entries, strict=True):
-        part = kernel.wire.message(M.SPDDUMP, 0, left, request.pid, 1, _body(kernel, entry))
+        part = kernel.wire.message(M.SPDDUMP, 0, left, request.pid, _body(kernel, entry), reserved=1)
         kernel.broadcast(part, Receivers.SENDER, request.channel)
 
 
 def flush(kernel: EmbeddedKernel, request: Request) -> None:
     """SPDFLUSH, which must be a bare header."""
     if len(request.data) != HEADER_SIZE:
-        raise Refused("EINVAL")
+        raise RefusedError("EINVAL")
     for entry in list(kernel.spd):
         _unlink(kernel, entry, "flushed")
     tell(kernel, request, gather(kernel, request), Receivers.ALL)
@@ -295,7 +298,7 @@ def expire(kernel: EmbeddedKernel, now: float) -> float:
             body = wire.lifetime(X.LIFETIME_CURRENT, Limits(0, 0, int(entry.created), int(entry.used)))
             body += wire.lifetime(X.LIFETIME_HARD, entry.hard) + _addresses(kernel, entry)
             body += _shown_policy(kernel, entry)
-            kernel.broadcast(wire.message(M.SPDEXPIRE, 0, 0, 0, 1, body), Receivers.REGISTERED)
+            kernel.broadcast(wire.message(M.SPDEXPIRE, 0, 0, 0, body, reserved=1), Receivers.REGISTERED)
         else:
             # Looked at once a second, and only what is older than its limit goes.
             following = min(following, due + 1)

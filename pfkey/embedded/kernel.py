@@ -20,7 +20,7 @@ from .profiles import Dialect, Profile, Update, profile
 from .sad import AssociationDatabase
 from .spd import PolicyDatabase
 from .traffic import Passage, make_packet, send_packet
-from .wire import Refused, SendFailed, wire_for
+from .wire import RefusedError, SendFailedError, wire_for
 
 __all__ = ["EmbeddedKernel"]
 
@@ -108,7 +108,7 @@ class EmbeddedKernel:
 
         `protocol` None is a packet of a protocol that no policy names; for ICMP the ports are type and code.
         """
-        packet = make_packet(self.profile, source, destination, protocol, ports, scope)
+        packet = make_packet(self.profile, source, destination, protocol=protocol, ports=ports, scope=scope)
         with self.lock:
             self.run_timers()
             entry = self.spd.match(direction, packet)
@@ -126,7 +126,7 @@ class EmbeddedKernel:
         size: int = 100,
     ) -> Passage:
         """Send (or receive, or forward) a plaintext packet of `size` bytes: what becomes of it, ACQUIRE included."""
-        packet = make_packet(self.profile, source, destination, protocol, ports, scope)
+        packet = make_packet(self.profile, source, destination, protocol=protocol, ports=ports, scope=scope)
         with self.lock:
             self.run_timers()
             return send_packet(self, Direction(direction), packet, size)
@@ -194,7 +194,7 @@ class EmbeddedKernel:
         for fault in self._faults:
             if fault.when is When.UNLINKED and fault.type in (None, MessageType.SPDUPDATE):
                 self._faults.remove(fault)
-                raise Refused(fault.error)
+                raise RefusedError(fault.error)
 
     def deliver(self, channel: EmbeddedChannel, message: bytes) -> bool:
         """Into a connection's receive buffer; False when it did not fit."""
@@ -268,7 +268,7 @@ class EmbeddedKernel:
     def _dispatch(self, channel: EmbeddedChannel, data: bytes) -> None:
         try:
             self.dialect.receive(self, channel, data)
-        except SendFailed as failure:
+        except SendFailedError as failure:
             raise kernel_failure(failure.name, self.abi) from None
 
     def _due_fault(self, data: bytes) -> Fault | None:

@@ -22,10 +22,10 @@ class Step(NamedTuple):
 
 
 class Probe:
-    """Tries one packet at every step of the SPD while it is armed (from `with` to its end, or `arm()` to `disarm()`).
+    """Tries one packet at every step of the SPD while it is armed: within `with`, or from `arm()` to `disarm()`.
 
-    `steps` counts the steps, `bare` those at which no policy matched, so that the packet would have left, or come in, in
-    clear; `log` holds them.  The packet is given by its addresses, or by a selector that it belongs to.
+    `steps` counts the steps, `bare` those at which no policy matched, so that the packet would have passed in clear;
+    `log` holds them.  The packet is given by its addresses, or by a selector that it belongs to.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Probe:
         elif destination is None:
             raise TypeError("a probe takes a selector, or the source and the destination of a packet")
         else:
-            self.packet = make_packet(kernel.profile, source, destination, protocol, ports)
+            self.packet = make_packet(kernel.profile, source, destination, protocol=protocol, ports=ports)
         self.log: list[Step] = []
         self.armed = False
 

@@ -44,12 +44,12 @@ class Entry:
     protocol: int
     """As the kernel stores and shows it."""
     any_protocol: bool
-    action: int
-    priority: int
-    templates: tuple[Template, ...]
     created: float
-    hard: Limits | None
-    soft: Limits | None
+    action: int = Action.NONE
+    priority: int = 0
+    templates: tuple[Template, ...] = ()
+    hard: Limits | None = None
+    soft: Limits | None = None
     context: bytes = b""
     """Linux: the security context extension, part of the identity."""
     requests: bytes = b""
@@ -111,7 +111,11 @@ class Entry:
         """A packet used it: remember the first such moment, or the last."""
         if not first or not self.used:
             self.used = now
-            self.body = self._shown = None
+            self.changed()
+
+    def changed(self) -> None:
+        """Forget how it looked."""
+        self.body = self._shown = None
 
     def policy(self, scope: int) -> Policy:
         """The entry as people read it."""
@@ -158,16 +162,19 @@ class _Table:
         self.entries: list[Entry] = []
 
     def insert(self, entry: Entry) -> None:
+        """Where its key belongs."""
         position = bisect_left(self.keys, entry._key)
         self.keys.insert(position, entry._key)
         self.entries.insert(position, entry)
 
     def remove(self, entry: Entry) -> None:
+        """Out again."""
         position = bisect_left(self.keys, entry._key)
         del self.keys[position]
         del self.entries[position]
 
     def match(self, packet: Packet) -> Entry | None:
+        """The first that the packet belongs to."""
         for entry in self.entries:
             if entry.matches(packet):
                 return entry
@@ -184,8 +191,8 @@ class PolicyDatabase:
         self._links = 0
         self._tables = {direction: _Table() for direction in Direction}
         self._hosts = {direction: _Table() for direction in Direction}
-        # Linux 6.1 numbers the prefix policies of a direction anew whenever it links one.  The first gets 0, the number
-        # that policies between hosts always have; at equal priority the smaller number wins, and 0 against 0 the prefix.
+        # Linux 6.1 numbers the prefix policies of a direction from 0, anew whenever it links one.  Policies between
+        # hosts always have 0.  At equal priority the smaller number wins, and of two with 0 the prefix policy.
         self._first: dict[int, Entry | None] = dict.fromkeys(Direction)
 
     def __len__(self) -> int:

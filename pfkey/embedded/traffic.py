@@ -41,6 +41,7 @@ def make_packet(
     profile: Profile,
     source: AddressLike,
     destination: AddressLike,
+    *,
     protocol: int | None = None,
     ports: tuple[int, int] = (0, 0),
     scope: int = 0,
@@ -61,7 +62,7 @@ def packet_of(profile: Profile, selector: Selector) -> Packet:
     for side in (selector.source, selector.destination):
         is_network = side.ip == side.network.network_address and side.network.prefixlen < side.max_prefixlen - 1
         sides.append(side.ip + is_network)
-    return make_packet(profile, sides[0], sides[1], selector.protocol, selector.wire_ports)
+    return make_packet(profile, *sides, protocol=selector.protocol, ports=selector.wire_ports)
 
 
 def send_packet(kernel: EmbeddedKernel, direction: Direction, packet: Packet, size: int) -> Passage:
@@ -111,10 +112,11 @@ def _collect(kernel: EmbeddedKernel, entry: Entry, packet: Packet) -> tuple[list
                 for address in (template.source, template.destination)
             ]
         source, destination = ends
-        assert source is not None and destination is not None
+        assert source is not None
+        assert destination is not None
         association = _find(kernel, template, source, destination)
         if association is None:
-            kernel.dialect.acquire(kernel, entry, template, source, destination, packet)
+            kernel.dialect.acquire(kernel, entry, template, (source, destination), packet)
             if _insists(kernel.profile, template):
                 return used, False
         else:

@@ -19,13 +19,23 @@ from ..messages import IPAddress
 if TYPE_CHECKING:
     from .channel import EmbeddedChannel
 
-__all__ = ["HEADER_SIZE", "Endpoint", "Limits", "Refused", "Request", "SendFailed", "Wire", "pad8", "wire_for"]
+__all__ = [
+    "HEADER_SIZE",
+    "Endpoint",
+    "Limits",
+    "RefusedError",
+    "Request",
+    "SendFailedError",
+    "Wire",
+    "pad8",
+    "wire_for",
+]
 
 HEADER_SIZE = 16
 _BE16, _BE32 = Struct(">H"), Struct(">I")
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """A handler's verdict: answer the sender with this error (a name like "EINVAL")."""
 
     def __init__(self, name: str) -> None:
@@ -33,7 +43,7 @@ class Refused(Exception):
         self.name = name
 
 
-class SendFailed(Exception):
+class SendFailedError(Exception):
     """The other error channel: send() itself fails with this error and no reply is queued."""
 
     def __init__(self, name: str) -> None:
@@ -126,10 +136,26 @@ class Wire:
 
     # Writing.
 
-    def message(self, type: int, satype: int, seq: int, pid: int, reserved: int, body: bytes, errno: int = 0) -> bytes:
+    def message(
+        self, type: int, satype: int, seq: int, pid: int, body: bytes = b"", *, reserved: int = 0, errno: int = 0
+    ) -> bytes:
         """A whole message; its length says what `body` is."""
         words = (HEADER_SIZE + len(body)) // 8
         return self.header.pack(2, type, errno, satype, words & 0xFFFF, reserved, seq, pid) + body
+
+    def answer(
+        self,
+        request: Request,
+        body: bytes = b"",
+        *,
+        type: int | None = None,
+        satype: int | None = None,
+        reserved: int = 0,
+    ) -> bytes:
+        """A message with the request's own seq and pid, and its type and SA type unless others are given."""
+        kind = request.type if type is None else type
+        satype = request.satype if satype is None else satype
+        return self.message(kind, satype, request.seq, request.pid, body, reserved=reserved)
 
     def sockaddr(self, version: int, address: int, port: int = 0, scope: int = 0) -> bytes:
         """A sockaddr_in (16 bytes) or sockaddr_in6 (28 bytes)."""
@@ -149,7 +175,7 @@ class Wire:
         """A lifetime extension."""
         return self._lifetime.pack(4, kind, *limits)
 
-    def sa(self, spi: int, replay: int, state: int, auth: int, encrypt: int, flags: int) -> bytes:
+    def sa(self, spi: int, replay: int, state: int, *, auth: int, encrypt: int, flags: int) -> bytes:
         """SADB_EXT_SA."""
         return self._sa.pack(2, ExtensionType.SA, _BE32.pack(spi), replay, state, auth, encrypt, flags)
 
@@ -162,7 +188,9 @@ class Wire:
         body = pad8(data)
         return self._key.pack(1 + len(body) // 8, kind, bits, 0) + body
 
-    def policy(self, action: int, direction: int, scope: int, id: int, priority: int, requests: bytes = b"") -> bytes:
+    def policy(
+        self, action: int, direction: int, *, scope: int = 0, id: int = 0, priority: int = 0, requests: bytes = b""
+    ) -> bytes:
         """SADB_X_EXT_POLICY; `requests` are its ipsecrequests, a multiple of eight bytes."""
         words = 2 + len(requests) // 8
         return self._policy.pack(words, ExtensionType.POLICY, action, direction, scope, id, priority) + requests
