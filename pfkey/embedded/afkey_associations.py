@@ -273,10 +273,9 @@ def _proxy(kernel: EmbeddedKernel, request: Request, source: Endpoint, mode: int
     _, prefixlen, given = kernel.wire.read_address(request.raw(X.ADDRESS_PROXY))
     if given is None or given == source:
         return None
-    if given.version != source.version:
-        # A tunnel takes the other family; what it shows are the address's bytes in the shape of its own.
-        if mode == Mode.TRANSPORT:
-            raise RefusedError("EPROTONOSUPPORT")
+    if given.version != source.version and mode == Mode.TRANSPORT:
+        raise RefusedError("EPROTONOSUPPORT")
+    # A tunnel takes the other family, and shows the address's bytes in the shape of its own.
     return (_ANY_PROTOCOL, prefixlen, in_shape_of(source, given))
 
 
