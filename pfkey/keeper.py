@@ -160,6 +160,16 @@ class PolicyTracker:
             raise TransactionError(f"{len(errors)} policies could not be deleted: {names}", errors)
         return tuple(changes)
 
+    def reconnect(self, kernel: PolicyKernel) -> None:
+        """Go on over another connection to the same kernel, after ChannelClosed.
+
+        What the lost connection left uncertain is read before it is acted on.  Raises ValueError when the other end is
+        another system.
+        """
+        if kernel.abi != self._abi:
+            raise ValueError(f"the policies tracked here are in a kernel of {self._abi}, not of {kernel.abi}")
+        self._kernel = kernel
+
     def query(self, direction: Direction, selector: Selector) -> Policy:
         """The policy as the kernel holds it now, lifetimes and last use included where the kernel keeps them.
 
