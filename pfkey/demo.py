@@ -91,8 +91,13 @@ def checks(stage: Stage) -> list[tuple[str, bool]]:
         ("the demo's policies are gone from the kernel", not stage.occupied()),
         ("the demo's SAs are gone from the kernel", not stage.installed),
     ]
-    if stage.probed and not stage.abi.update_unlinks_first:
-        found.append(("delete + add left steps without a policy", stage.habits["delete_then_add"].watch.bare > 0))
+    if stage.probed:
+        found.append(
+            (
+                "the control, delete + add, was seen to leave steps without a policy",
+                stage.habits["delete_then_add"].watch.bare > 0,
+            )
+        )
     return found
 
 
