@@ -18,7 +18,7 @@ from faulty import (
     rejects,
     spoils,
 )
-from scenarios import ADD, DEL, MOVED, SCENARIOS, SITE, TRAP, UPD, X, Y, Scenario, check, in_kernel, run, tunnel
+from scenarios import ADD, DEL, MOVED, SCENARIOS, SITE, TRAP, UPD, Scenario, X, Y, check, in_kernel, run, tunnel
 
 from pfkey import (
     Abi,
@@ -395,7 +395,7 @@ def test_a_vanished_socket(rig: Rig) -> None:
     assert rig.tracker.assignments(OUT, SITE) == (X, TRAP)
     with pytest.raises(PFKeyError):
         rig.tracker.remove(OUT, SITE, X)
-    with pytest.raises(ValueError, match="another system|not of"):
+    with pytest.raises(ValueError, match="not of"):
         rig.tracker.reconnect(connect("embedded:linux" if rig.abi.name != "linux" else "embedded:freebsd-14"))
     rig.tracker.reconnect(rig.other)
     assert rig.tracker.add(OUT, SITE, Assignment(*TRAP.templates, rank=TRAP.rank, spi=1)).sent == (UPD,)
@@ -406,7 +406,7 @@ def test_a_vanished_socket(rig: Rig) -> None:
 
 REFUSED = [
     ("ipsec without templates", Assignment(spi=1)),
-    ("unique without a reqid", Assignment(Template(SAProtocol.ESP, 2, X.templates[0].source, X.templates[0].destination, 0, Level.UNIQUE))),
+    ("unique without a reqid", Assignment(Template.tunnel("192.0.2.1", "198.51.100.1", level=Level.UNIQUE))),
     ("a reqid that the kernel would replace", tunnel(1, reqid=16384)),
     ("a tunnel without end points", Assignment(Template(SAProtocol.ESP, 2, None, None, 1, Level.UNIQUE))),
 ]  # fmt: skip

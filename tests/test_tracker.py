@@ -41,7 +41,7 @@ PRIORITIES = [
     (Selector("10.1.0.0/16", "10.2.0.0/16", protocol="tcp", destination_port=443), 383295, 383296, 183295, 583295),
     (Selector("10.1.0.0/16", "10.2.0.0/16", protocol=1, icmp_type=8, icmp_code=0), 383295, 383296, 183295, 583295),
     (Selector("10.1.0.0/16", "10.2.0.0/16", protocol=1, icmp_type=3, icmp_code=4), 383231, 383232, 183231, 583231),
-    (Selector("10.1.0.1", "10.2.0.1", protocol=17, source_port=500, destination_port=500), 366847, 366848, 166847, 566847),
+    (Selector("10.1.0.1", "10.2.0.1", protocol=17, source_port=5, destination_port=5), 366847, 366848, 166847, 566847),
     (Selector("2001:db8:1::/48", "2001:db8:2::/48"), 350847, 350848, 150847, 550847),
     (
         Selector("2001:db8::1", "2001:db8::2", protocol=6, source_port=1, destination_port=2),
