@@ -226,7 +226,7 @@ class Template:
 
     `source` and `destination` are the tunnel's end points, None in transport mode.  `reqid` ties the template to the
     SAs of the same reqid; `level` is UNIQUE when there is a reqid and REQUIRE
-    otherwise, unless it is given.
+    otherwise, unless it is given; under any other level kernels forget the reqid.
     """
 
     protocol: SAProtocol | int = SAProtocol.ESP

@@ -80,8 +80,6 @@ def _check_level(policy: Policy, template: Template, what: str, abi: Abi) -> Non
             f"{what}: {abi} replaces a unique reqid over {abi.maximum_reqid} by one of its own, and no SA of reqid"
             f" {reqid} would match; use one from 1 to {abi.maximum_reqid}"
         )
-    if reqid and level != Level.UNIQUE and abi.reqid_needs_unique:
-        raise NotSupported(f"{what}: {abi} drops the reqid unless the level is UNIQUE")
     outbound_tunnel = template.mode == Mode.TUNNEL and policy.direction == Direction.OUT
     if level == Level.USE and outbound_tunnel and not abi.use_level_in_outbound_tunnel:
         raise NotSupported(f"{what}: {abi} answers EINVAL to level USE in an outbound tunnel")
