@@ -110,7 +110,7 @@ class Abi:
     level_default: Level = field(repr=False)
     """What the kernel makes of Level.DEFAULT; DEFAULT itself where that means something of its own."""
     reqid_needs_unique: bool = field(repr=False)
-    """The kernel drops the reqid of a template whose level is not UNIQUE (Linux 6.1; FreeBSD, though its reply shows it)."""
+    """The kernel forgets the reqid of a template whose level is not UNIQUE (FreeBSD too, though its reply shows it)."""
     use_level_in_outbound_tunnel: bool = field(repr=False)
     """Level USE is accepted for tunnels of outbound policies (Linux answers EINVAL)."""
     empty_ipsec_is_bypass: bool = field(repr=False)
