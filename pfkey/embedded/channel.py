@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["EmbeddedChannel", "kernel_failure"]
 
 
+_ROOM_FOR_ANSWER = 2560
+"""Twice what an ordinary policy or SA costs on Linux; on FreeBSD more than the longest message."""
+
+
 def kernel_failure(name: str, abi: Abi, text: str = "") -> OSError:
     """What a failing system call raises: `errno` is this host's number for the error, `kernel_errno` that system's.
 
@@ -147,6 +151,16 @@ class EmbeddedChannel:
                 )
             self._size = max(2 * size, 2304) if self._linux else size
             return self._size
+
+    @property
+    def receive_buffer(self) -> int:
+        """How much the receive buffer holds, in bytes of the kernel's own accounting."""
+        return self._size
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests can be under way with room for all their answers."""
+        return max(1, self._size // _ROOM_FOR_ANSWER)
 
     # For the kernel, under its lock.
 

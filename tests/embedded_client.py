@@ -1,0 +1,85 @@
+"""Talks to an embedded kernel message by message: what was sent, and what each connection then received."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pfkey import Action, Direction, Message, MessageType, Policy, Selector, Template, decode, encode
+from pfkey.embedded import EmbeddedChannel, EmbeddedKernel, Profile
+from pfkey.typed import policy_message
+
+LINUX = ["linux"]
+FREEBSD = ["freebsd-12", "freebsd-13", "freebsd-14"]
+UNLINK_FIRST = ["freebsd-12", "freebsd-13"]
+ALL = [*LINUX, *FREEBSD]
+
+OUT, IN = Direction.OUT, Direction.IN
+SITE = Selector("10.1.0.0/16", "10.2.0.0/16")
+TUNNEL = Template.tunnel("192.0.2.1", "198.51.100.1", reqid=7)
+PACKET = ("10.1.0.1", "10.2.0.1")
+
+
+def discard(selector: Selector = SITE, priority: int = 5, direction: Direction = OUT) -> Policy:
+    return Policy(direction, selector, Action.DISCARD, priority=priority)
+
+
+def esp(*templates: Template, selector: Selector = SITE, priority: int = 5, direction: Direction = OUT) -> Policy:
+    return Policy(direction, selector, Action.IPSEC, templates or (TUNNEL,), priority)
+
+
+class Client:
+    """An embedded kernel with a clock that stands still, and one connection to it."""
+
+    def __init__(self, profile: str | Profile) -> None:
+        self.kernel = EmbeddedKernel(profile, clock=lambda: 1_700_000_000.25)
+        self.abi = self.kernel.abi
+        self.channel = self.kernel.connect()
+        self.seq = 0
+
+    def send(self, message: Message | bytes, channel: EmbeddedChannel | None = None) -> None:
+        """Send as it is."""
+        (channel or self.channel).send(message if isinstance(message, bytes) else encode(message))
+
+    def received(self, channel: EmbeddedChannel | None = None) -> list[Message]:
+        """Everything that waits."""
+        messages = []
+        while (data := (channel or self.channel).receive(0)) is not None:
+            messages.append(decode(data, self.abi))
+        return messages
+
+    def build(self, kind: int, extensions: Mapping[Any, Any] | None = None, satype: int = 0, **header: int) -> Message:
+        """A message with a seq of its own."""
+        self.seq += 1
+        return Message(kind, extensions or {}, abi=self.abi, satype=satype, **({"seq": self.seq, "pid": 99} | header))
+
+    def ask(self, kind: int, extensions: Mapping[Any, Any] | None = None, satype: int = 0, **header: int) -> Message:
+        """Send a message and return the first answer."""
+        self.received()
+        self.send(self.build(kind, extensions, satype, **header))
+        return self.received()[0]
+
+    def apply(self, kind: MessageType, policy: Policy) -> Message:
+        """Send a policy message and return the first answer."""
+        self.received()
+        self.seq += 1
+        self.send(policy_message(kind, policy, self.abi).replace(seq=self.seq, pid=99))
+        return self.received()[0]
+
+    def add(self, policy: Policy) -> Message:
+        """SPDADD, which must succeed."""
+        answer = self.apply(MessageType.SPDADD, policy)
+        assert not answer.errno, self.error(answer)
+        return answer
+
+    def update(self, policy: Policy) -> Message:
+        """SPDUPDATE, whatever comes of it."""
+        return self.apply(MessageType.SPDUPDATE, policy)
+
+    def error(self, answer: Message) -> str:
+        """The name of an answer's error, "" for none."""
+        return self.abi.error_name(answer.errno) if answer.errno else ""
+
+    def actions(self, direction: Direction = OUT) -> list[tuple[str, Action | int]]:
+        """What stands in the SPD, in match order: sources and actions."""
+        return [(str(policy.selector.source), policy.action) for policy in self.kernel.policies(direction)]
