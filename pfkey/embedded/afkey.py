@@ -14,7 +14,7 @@ from . import afkey_policies as policies
 from . import afkey_time as times
 from .afkey_associations import association_key
 from .afkey_migrate import migrate
-from .afkey_time import acquire, check_usage
+from .afkey_time import acquire, use
 from .delivery import Receivers
 from .wire import HEADER_SIZE, RefusedError, Request, SendFailedError
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 __all__ = [
     "acquire",
     "association_key",
-    "check_usage",
     "expire",
     "promiscuous_copy",
     "receive",
     "refuse",
     "resume_dump",
+    "use",
 ]
 
 _TYPE_MAXIMUM, _EXTENSION_MAXIMUM = 24, 26

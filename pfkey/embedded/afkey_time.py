@@ -13,12 +13,12 @@ from .afkey_associations import body_of, expiries, new_larval
 from .delivery import Receivers
 from .sad import Association
 from .spd import Entry, Packet
-from .wire import Endpoint
+from .wire import Endpoint, Limits
 
 if TYPE_CHECKING:
     from .kernel import EmbeddedKernel
 
-__all__ = ["acquire", "check_usage", "expire"]
+__all__ = ["acquire", "expire", "use"]
 
 
 def expire(kernel: EmbeddedKernel, now: float) -> float:
@@ -52,14 +52,24 @@ def _tell_expiry(kernel: EmbeddedKernel, sa: Association, limits: str) -> None:
     kernel.broadcast(kernel.wire.message(M.EXPIRE, sa.satype, 0, 0, body), Receivers.REGISTERED)
 
 
-def check_usage(kernel: EmbeddedKernel, sa: Association) -> None:
-    """After a packet: limits of packets and bytes, and the clocks that start at the first use."""
-    for limits, act in ((sa.hard, _expired), (sa.soft, _dying)):
-        if limits and sa.state in (SAState.MATURE, SAState.DYING):
-            over = 0 < limits.allocations <= sa.packets or 0 < limits.bytes <= sa.octets
-            if over and not (act is _dying and sa.state == SAState.DYING):
-                act(kernel, sa)
-    kernel.schedule(min([inf, *(when for when, _ in expiries(sa))]))
+def use(kernel: EmbeddedKernel, sa: Association, size: int) -> bool:
+    """Count a packet; False, and the SA is over, when the packets before it have reached a hard limit."""
+    if not sa.used:
+        sa.used = kernel.now()
+        kernel.schedule(min([inf, *(when for when, _ in expiries(sa))]))
+    if _reached(sa, sa.hard):
+        _expired(kernel, sa)
+        return False
+    if sa.state == SAState.MATURE and _reached(sa, sa.soft):
+        _dying(kernel, sa)
+    sa.packets += 1
+    sa.octets += size
+    return True
+
+
+def _reached(sa: Association, limits: Limits | None) -> bool:
+    """Whether packets or bytes have."""
+    return limits is not None and (0 < limits.allocations <= sa.packets or 0 < limits.bytes <= sa.octets)
 
 
 def acquire(

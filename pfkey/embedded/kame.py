@@ -13,7 +13,7 @@ from . import kame_policies as policies
 from . import kame_time as times
 from .delivery import Receivers
 from .kame_associations import association_key
-from .kame_time import acquire, check_usage
+from .kame_time import acquire, use
 from .wire import HEADER_SIZE, RefusedError, Request, SendFailedError
 
 if TYPE_CHECKING:
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 __all__ = [
     "acquire",
     "association_key",
-    "check_usage",
     "expire",
     "promiscuous_copy",
     "receive",
     "refuse",
     "resume_dump",
+    "use",
 ]
 
 _TYPE_MAXIMUM = 22

@@ -18,7 +18,7 @@ from .wire import Endpoint, Limits, RefusedError, Request
 if TYPE_CHECKING:
     from .kernel import EmbeddedKernel
 
-__all__ = ["acquire", "acquire_from_user", "check_usage", "expire"]
+__all__ = ["acquire", "acquire_from_user", "expire", "use"]
 
 _ACQUIRES_BLOCKED, _ACQUIRE_SECONDS = 10, 20
 
@@ -47,6 +47,8 @@ def expire(kernel: EmbeddedKernel, now: float) -> float:
 
 
 def _due(sa: Association, limits: Limits) -> float:
+    if 0 < limits.bytes < sa.octets:
+        return sa.used
     return min(sa.created + (limits.addtime or inf), (sa.used or inf) + (limits.usetime or inf))
 
 
@@ -69,14 +71,13 @@ def _tell_expiry(kernel: EmbeddedKernel, sa: Association, kind: int, limits: Lim
     kernel.broadcast(message, Receivers.REGISTERED)
 
 
-def check_usage(kernel: EmbeddedKernel, sa: Association) -> None:
-    """After a packet: limits of packets and bytes, and the clocks that start at the first use."""
-    for limits, act in ((sa.hard, _end), (sa.soft, _dying)):
-        if limits is None or sa.state not in ((SAState.MATURE,) if act is _dying else (SAState.MATURE, SAState.DYING)):
-            continue
-        if 0 < limits.allocations < sa.packets or 0 < limits.bytes < sa.octets:
-            act(kernel, sa)
-    kernel.schedule(kernel.now())
+def use(kernel: EmbeddedKernel, sa: Association, size: int) -> bool:
+    """Count a packet.  Limits of bytes are looked at once a second, too late for this one; packets are not limited."""
+    sa.used = sa.used or kernel.now()
+    sa.packets += 1
+    sa.octets += size
+    kernel.schedule(kernel.now() + 1)
+    return True
 
 
 def acquire(

@@ -56,6 +56,9 @@ class Profile:
     default_level_protects: bool
     """A packet without an SA is held back by a template of level DEFAULT (on the BSDs it leaves in clear)."""
 
+    missing_sa_is_no_use: bool
+    """A packet dropped for want of an SA does not count as a use of the policy (Linux)."""
+
     # Buffers.
     receive_buffer: int
     """What a new socket's receive buffer holds, in bytes of the kernel's own accounting."""
@@ -91,6 +94,7 @@ LINUX_6_1 = Profile(
     sole_policy_glimpse=False,
     first_reqid=16384,
     default_level_protects=True,
+    missing_sa_is_no_use=True,
     receive_buffer=212992,
     receive_buffer_limit=0x3FFFFFFF,
     send_buffer=212960,
@@ -112,6 +116,7 @@ FREEBSD_12 = Profile(
     sole_policy_glimpse=False,
     first_reqid=16385,  # the counter starts at 16384 and is raised before it is used
     default_level_protects=False,
+    missing_sa_is_no_use=False,
     receive_buffer=8192,
     receive_buffer_limit=2097152 * 2048 // 2304,
     send_buffer=8192,

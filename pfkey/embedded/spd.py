@@ -58,7 +58,7 @@ class Entry:
     """Linux: bytes by which sadb_msg_len comes out short."""
     id: int = 0
     used: float = 0.0
-    """First use on Linux, last use on FreeBSD; 0 for never."""
+    """Last use; 0 for never (Linux), creation while there was none (FreeBSD)."""
     dead: bool = False
     body: bytes | None = None
     """The extensions of a reply or dump, kept until something in them changes."""
@@ -107,11 +107,10 @@ class Entry:
             and (not packet.scope or (source.scope in (0, packet.scope) and destination.scope in (0, packet.scope)))
         )
 
-    def touch(self, now: float, *, first: bool) -> None:
-        """A packet used it: remember the first such moment, or the last."""
-        if not first or not self.used:
-            self.used = now
-            self.changed()
+    def touch(self, now: float) -> None:
+        """A packet used it."""
+        self.used = now
+        self.changed()
 
     def changed(self) -> None:
         """Forget how it looked."""

@@ -70,27 +70,29 @@ def send_packet(kernel: EmbeddedKernel, direction: Direction, packet: Packet, si
     entry = kernel.spd.match(direction, packet)
     if entry is None:
         return Passage(Verdict.PLAINTEXT)
-    now = kernel.now()
-    entry.touch(now, first=kernel.profile.dialect is Dialect.AF_KEY)
-    policy = entry.policy(kernel.scope)
+    used: list[Association] = []
     if entry.action == Action.DISCARD:
-        return Passage(Verdict.DROPPED, policy)
-    if entry.action != Action.IPSEC:
-        return Passage(Verdict.PLAINTEXT, policy)
-    if direction is not Direction.OUT:
-        # A packet that came in clear where the policy insists on protection.
+        verdict = Verdict.DROPPED
+    elif entry.action != Action.IPSEC:
+        verdict = Verdict.PLAINTEXT
+    elif direction is Direction.OUT:
+        verdict = _protect(kernel, entry, packet, size, used)
+    else:
+        # A packet that came in clear where the policy may insist on protection.
         insists = any(_insists(kernel.profile, template) for template in entry.templates)
-        return Passage(Verdict.DROPPED if insists else Verdict.PLAINTEXT, policy)
-    used, complete = _collect(kernel, entry, packet)
-    if not complete:
-        return Passage(Verdict.DROPPED, policy)
-    shown = tuple(association.show(kernel.abi) for association in used)
-    for association in used:
-        association.packets += 1
-        association.octets += size
-        association.used = association.used or now
-        kernel.dialect.check_usage(kernel, association)
-    return Passage(Verdict.PROTECTED if used else Verdict.PLAINTEXT, policy, shown)
+        verdict = Verdict.DROPPED if insists else Verdict.PLAINTEXT
+    if not kernel.profile.missing_sa_is_no_use or verdict is not Verdict.DROPPED or entry.action == Action.DISCARD:
+        entry.touch(kernel.now())
+    return Passage(verdict, entry.policy(kernel.scope), tuple(association.show(kernel.abi) for association in used))
+
+
+def _protect(kernel: EmbeddedKernel, entry: Entry, packet: Packet, size: int, used: list[Association]) -> Verdict:
+    """Send it through the SAs it needs, which go into `used`."""
+    found, complete = _collect(kernel, entry, packet)
+    if not complete or not all(kernel.dialect.use(kernel, association, size) for association in found):
+        return Verdict.DROPPED
+    used += found
+    return Verdict.PROTECTED if used else Verdict.PLAINTEXT
 
 
 def _insists(profile: Profile, template: Template) -> bool:
