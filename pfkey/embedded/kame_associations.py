@@ -173,8 +173,11 @@ def _fill(kernel: EmbeddedKernel, request: Request, sa: Association) -> Associat
         if kind in request and request.satype not in allowed:
             raise RefusedError("EINVAL")
     filled.auth_key = _key(kernel, request, X.KEY_AUTH, empty=auth == _NULL_AUTHENTICATION)
-    encrypt_empty = encrypt == _NULL_ENCRYPTION or request.satype == SAType.IPCOMP
-    filled.encrypt_key = _key(kernel, request, X.KEY_ENCRYPT, empty=encrypt_empty)
+    compressed = request.satype == SAType.IPCOMP
+    if compressed and len(request.raw(X.KEY_ENCRYPT)) > 8:
+        raise RefusedError("EINVAL")
+    encrypt_key = _key(kernel, request, X.KEY_ENCRYPT, empty=encrypt == _NULL_ENCRYPTION or compressed)
+    filled.encrypt_key = None if compressed else encrypt_key
     _CHECKS[SAType(request.satype)](kernel, filled)
     filled.hard = _limits(kernel, request, X.LIFETIME_HARD)
     filled.soft = _limits(kernel, request, X.LIFETIME_SOFT)
@@ -193,7 +196,7 @@ def _key(kernel: EmbeddedKernel, request: Request, kind: int, *, empty: bool) ->
     bits, data = kernel.wire.read_key(raw)
     if len(raw) < 8 + len(data):
         raise RefusedError("EINVAL")
-    return (bits, data) if len(raw) > 8 else None
+    return bits, data
 
 
 def _limits(kernel: EmbeddedKernel, request: Request, kind: int) -> Limits | None:
@@ -221,18 +224,14 @@ def _in_table(rows: Iterable[tuple[int, int, int, int]], number: int) -> tuple[i
 
 def _check_authentication(kernel: EmbeddedKernel, sa: Association) -> None:
     _, most = _in_table(kernel.profile.authentication, sa.auth)
-    if sa.auth_key is None and sa.auth != _NULL_AUTHENTICATION:
-        raise RefusedError("EINVAL")
-    if sa.auth_key is not None and sa.auth_key[0] > most:
+    if sa.auth_key is None or sa.auth_key[0] > most:  # null too wants a key extension, if an empty one
         raise RefusedError("EINVAL")
 
 
 def _check_encryption(kernel: EmbeddedKernel, sa: Association) -> None:
     least, most = _in_table(kernel.profile.encryption, sa.encrypt)
     bits = (sa.encrypt_key[0] if sa.encrypt_key else 0) - _SALTED.get(sa.encrypt, 0)
-    if sa.encrypt_key is None and sa.encrypt != _NULL_ENCRYPTION:
-        raise RefusedError("EINVAL")
-    if sa.encrypt != _NULL_ENCRYPTION and not least <= bits <= most:
+    if not least <= bits <= most:
         raise RefusedError("EINVAL")
     if sa.auth:
         _check_authentication(kernel, sa)
