@@ -1,0 +1,507 @@
+"""Packets and time: what becomes of a packet, who is asked for an SA, and who hears when something expires."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from ipaddress import ip_address
+
+import pytest
+from embedded_client import ALL, FREEBSD, IN, LINUX, OUT, PACKET, SITE, TUNNEL, Client, discard, esp
+
+from pfkey import (
+    Action,
+    Direction,
+    ExtensionType,
+    Level,
+    Lifetime,
+    Message,
+    MessageType,
+    Mode,
+    Policy,
+    SAProtocol,
+    SecurityAssociation,
+    Selector,
+    Template,
+    decode,
+    encode,
+)
+from pfkey.constants import SAState, SAType
+from pfkey.embedded import EmbeddedChannel, EmbeddedKernel, Verdict
+from pfkey.messages import SA2, Address, PolicyExtension
+from pfkey.typed import association_message, policy_message
+
+ACQUIRE, EXPIRE, SPDEXPIRE = MessageType.ACQUIRE, MessageType.EXPIRE, MessageType.SPDEXPIRE
+NOW = 1_700_000_000
+OUTSIDE = ("10.9.0.1", "10.2.0.1")
+REQUIRED = Template.tunnel("192.0.2.1", "198.51.100.1", level=Level.REQUIRE)
+SA = SecurityAssociation(
+    ip_address("192.0.2.1"),
+    ip_address("198.51.100.1"),
+    0x1000,
+    SAProtocol.ESP,
+    Mode.TUNNEL,
+    reqid=7,
+    encryption="aes-cbc",
+    encryption_key=bytes(16),
+)
+
+
+@pytest.fixture(params=ALL)
+def client(request: pytest.FixtureRequest) -> Client:
+    return Client(request.param)
+
+
+def only(*profiles: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("client", profiles, indirect=True)
+
+
+def registered(client: Client) -> EmbeddedChannel:
+    channel = client.kernel.connect()
+    client.send(client.build(MessageType.REGISTER, satype=3), channel)
+    client.received(channel)
+    return channel
+
+
+def add(client: Client, sa: SecurityAssociation = SA) -> None:
+    client.received()
+    client.send(association_message(MessageType.ADD, sa, client.abi).replace(seq=4000, pid=99))
+    assert client.error(client.received()[0]) == ""
+
+
+def limited(hard: Lifetime, soft: Lifetime) -> SecurityAssociation:
+    return replace(SA, lifetime_hard=hard, lifetime_soft=soft)
+
+
+def verdict(client: Client, direction: Direction = OUT, packet: tuple[str, str] = PACKET) -> str:
+    return client.kernel.packet(direction, *packet).verdict.value
+
+
+# What becomes of a packet.
+
+
+def test_by_the_action(client: Client) -> None:
+    assert client.kernel.packet(OUT, *PACKET).verdict is Verdict.PLAINTEXT
+    for action, expected in ((Action.DISCARD, "dropped"), (Action.NONE, "plaintext")):
+        client.update(Policy(OUT, SITE, action))
+        passage = client.kernel.packet(OUT, *PACKET)
+        assert (passage.verdict.value, passage.policy) == (expected, client.kernel.policies(OUT)[0])
+        assert verdict(client, packet=OUTSIDE) == "plaintext"
+
+
+def test_through_an_sa(client: Client) -> None:
+    client.add(esp())
+    add(client)
+    passage = client.kernel.packet(OUT, *PACKET, size=300)
+    assert (passage.verdict, [sa.spi for sa in passage.associations]) == (Verdict.PROTECTED, [0x1000])
+    (sa,) = client.kernel.associations()
+    assert sa.lifetime_current == Lifetime(1, 300, NOW, NOW)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"reqid": 8},
+        {"mode": Mode.TRANSPORT},
+        {"protocol": SAProtocol.AH, "authentication": "hmac-sha1", "authentication_key": bytes(20)},
+        {"destination": ip_address("198.51.100.9")},
+        {"source": ip_address("192.0.2.9")},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_an_sa_that_does_not_fit_the_template(client: Client, other: dict[str, object]) -> None:
+    client.add(esp())
+    sa = replace(SA, **other)  # type: ignore[arg-type]
+    if sa.protocol == SAProtocol.AH:
+        sa = replace(sa, encryption=None, encryption_key=b"")
+    add(client, sa)
+    assert verdict(client) == "dropped"
+
+
+def test_a_template_without_reqid(client: Client) -> None:
+    """Linux wants an SA without one too, FreeBSD takes any."""
+    client.add(esp(REQUIRED))
+    add(client)
+    assert verdict(client) == ("dropped" if client.abi.name == "linux" else "protected")
+    add(client, replace(SA, spi=0x1001, reqid=0))
+    assert verdict(client) == "protected"
+
+
+def test_of_two_sas_linux_takes_the_young_and_freebsd_the_old(client: Client) -> None:
+    client.add(esp())
+    add(client)
+    client.kernel.advance(5)
+    add(client, replace(SA, spi=0x1001))
+    passage = client.kernel.packet(OUT, *PACKET)
+    assert [sa.spi for sa in passage.associations] == [0x1001 if client.abi.name == "linux" else 0x1000]
+
+
+def test_level_use_lets_pass_what_has_no_sa(client: Client) -> None:
+    template = Template.transport(level=Level.USE)
+    client.add(esp(template))
+    listener = registered(client)
+    assert verdict(client) == "plaintext"
+    assert [message.type for message in client.received(listener)] == [ACQUIRE]
+
+
+def test_level_default(client: Client) -> None:
+    """Protection on Linux, a sysctl on FreeBSD that says no by default."""
+    client.add(esp(Template.transport(level=Level.DEFAULT)))
+    assert verdict(client) == ("dropped" if client.abi.name == "linux" else "plaintext")
+
+
+def test_a_bundle_needs_every_sa(client: Client) -> None:
+    client.add(esp(TUNNEL, Template.transport(protocol=SAProtocol.AH, reqid=3)))
+    add(client)
+    assert verdict(client) == "dropped"
+    ah = replace(SA, spi=0x2000, protocol=SAProtocol.AH, mode=Mode.TRANSPORT, reqid=3)
+    add(
+        client,
+        replace(ah, encryption=None, encryption_key=b"", authentication="hmac-sha1", authentication_key=bytes(20)),
+    )
+    assert [sa.spi for sa in client.kernel.packet(OUT, *PACKET).associations] == [0x1000, 0x2000]
+
+
+def test_plaintext_that_comes_in(client: Client) -> None:
+    assert verdict(client, IN) == "plaintext"
+    client.add(esp(direction=IN))
+    assert verdict(client, IN) == "dropped"
+    client.update(esp(Template.transport(level=Level.USE), direction=IN))
+    assert verdict(client, IN) == "plaintext"
+
+
+def test_icmp_types(client: Client) -> None:
+    """Linux looks at type and code of both ICMPs, FreeBSD at those of ICMPv6 only."""
+    client.add(discard(Selector("0.0.0.0/0", "0.0.0.0/0", protocol="icmp", icmp_type=8)))
+    client.add(discard(Selector("::/0", "::/0", protocol="icmp6", icmp_type=135)))
+
+    def hit(source: str, protocol: int, kind: int) -> bool:
+        return client.kernel.lookup(OUT, source, source, protocol=protocol, ports=(kind, 0)) is not None
+
+    assert [hit("10.0.0.1", 1, kind) for kind in (8, 0)] == [client.abi.name == "linux", False]
+    assert [hit("::1", 58, kind) for kind in (135, 136)] == [True, False]
+
+
+def test_ports(client: Client) -> None:
+    client.add(discard(Selector("10.1.0.0/16", "10.2.0.0/16", protocol="tcp", destination_port=443)))
+    for protocol, ports, expected in ((6, (1, 443), True), (6, (443, 1), False), (17, (1, 443), False)):
+        assert (client.kernel.lookup(OUT, *PACKET, protocol=protocol, ports=ports) is not None) is expected
+    assert client.kernel.lookup(OUT, *PACKET) is None
+
+
+def test_when_a_policy_was_used(client: Client) -> None:
+    client.add(discard())
+    used = client.kernel.policies(OUT)[0].lifetime_current
+    assert used == Lifetime(0, 0, NOW, 0 if client.abi.name == "linux" else NOW)
+    for _ in range(2):
+        client.kernel.advance(5)
+        verdict(client)
+    assert client.kernel.policies(OUT)[0].lifetime_current == Lifetime(0, 0, NOW, NOW + 10)
+
+
+# ACQUIRE.
+
+
+def asked(client: Client, channel: EmbeddedChannel) -> list[Message]:
+    return [message for message in client.received(channel) if message.type == ACQUIRE]
+
+
+def test_a_missing_sa_is_asked_for_once(client: Client) -> None:
+    added = client.add(esp(priority=3))
+    listener, deaf = registered(client), client.kernel.connect()
+    assert [verdict(client), verdict(client)] == ["dropped", "dropped"]
+    (message,) = asked(client, listener)
+    assert (message.satype, message.pid, message.errno) == (SAType.ESP, 0, 0)
+    assert message.seq != 0
+    assert added.policy is not None
+    assert message.policy == PolicyExtension(Action.IPSEC, OUT, added.policy.id, 3)
+    linux = client.abi.name == "linux"
+    assert message.source == Address(SA.source, 32, 0 if linux else 255)
+    assert message.destination == Address(SA.destination, 32, 0 if linux else 255)
+    assert message.sa2 == (None if linux else SA2(Mode.TUNNEL, 0, 7))
+    assert message.get(ExtensionType.PROPOSAL) == bytes((32, 0, 0, 0))
+    assert client.received(deaf) == []
+
+
+@only(*LINUX)
+def test_nobody_to_ask_on_linux(client: Client) -> None:
+    client.add(esp())
+    assert verdict(client) == "dropped"
+    assert client.kernel.associations() == []
+    listener = registered(client)
+    assert verdict(client) == "dropped"
+    assert len(asked(client, listener)) == 1
+    (larval,) = client.kernel.associations()
+    assert (larval.spi, larval.state, larval.lifetime_hard) == (0, SAState.LARVAL, Lifetime(addtime=30))
+
+
+@only(*LINUX)
+def test_linux_asks_again_when_the_larval_sa_is_gone(client: Client) -> None:
+    client.add(esp())
+    listener = registered(client)
+    verdict(client)
+    client.kernel.advance(29)
+    verdict(client)
+    client.kernel.advance(1)
+    assert client.kernel.associations() == []
+    verdict(client)
+    kinds = [message.type for message in client.received(listener)]
+    assert kinds == [ACQUIRE, EXPIRE, ACQUIRE]
+
+
+@only(*FREEBSD)
+def test_freebsd_asks_again_after_ten_packets_or_twenty_seconds(client: Client) -> None:
+    client.add(esp())
+    listener = registered(client)
+    for _ in range(12):
+        verdict(client)
+    first, second = asked(client, listener)
+    assert first.seq == second.seq
+    client.kernel.advance(21)
+    verdict(client)
+    (third,) = asked(client, listener)
+    assert third.seq != first.seq
+
+
+def test_an_answered_acquire(client: Client) -> None:
+    """GETSPI and UPDATE with the ACQUIRE's number, as key daemons do; then the packet goes through."""
+    client.add(esp())
+    listener = registered(client)
+    verdict(client)
+    (message,) = asked(client, listener)
+    ends = {
+        ExtensionType.ADDRESS_SRC: Address(SA.source),
+        ExtensionType.ADDRESS_DST: Address(SA.destination),
+        ExtensionType.SA2: SA2(2, 0, 7),
+    }
+    answer = client.ask(MessageType.GETSPI, ends, 3, seq=message.seq)
+    assert answer.spi
+    assert len(client.kernel.associations()) == 1
+    sa = replace(SA, spi=answer.spi)
+    client.send(association_message(MessageType.UPDATE, sa, client.abi).replace(seq=message.seq, pid=99))
+    assert verdict(client) == "protected"
+    assert len(client.kernel.associations()) == 1
+
+
+def test_a_key_daemon_that_gives_up(client: Client) -> None:
+    """A bare ACQUIRE with errno is never answered; Linux waits for the larval SA to go, FreeBSD asks again."""
+    client.add(esp())
+    listener = registered(client)
+    verdict(client)
+    (message,) = asked(client, listener)
+    client.received()
+    client.send(client.build(ACQUIRE, satype=3, seq=message.seq, errno=60))
+    assert client.received() == []
+    verdict(client)
+    assert len(asked(client, listener)) == 1
+
+
+@only(*FREEBSD)
+def test_asking_others_for_an_sa(client: Client) -> None:
+    listener = registered(client)
+    wanted = {
+        ExtensionType.ADDRESS_SRC: Address(SA.source),
+        ExtensionType.ADDRESS_DST: Address(SA.destination),
+        ExtensionType.SA2: SA2(2, 0, 7),
+        ExtensionType.PROPOSAL: bytes(4),
+    }
+    client.send(client.build(ACQUIRE, wanted, satype=3))
+    assert client.received() == []
+    (message,) = asked(client, listener)
+    assert (message.pid, message.reqid) == (0, 7)
+    add(client)
+    assert client.error(client.ask(ACQUIRE, wanted, satype=3)) == "EEXIST"
+    del wanted[ExtensionType.PROPOSAL]
+    assert client.error(client.ask(ACQUIRE, wanted, satype=3)) == "EINVAL"
+
+
+# Expiry.
+
+
+def expiries(client: Client, channel: EmbeddedChannel) -> list[tuple[SAState | int | None, bool]]:
+    """State, and whether it is the hard limit."""
+    messages = client.received(channel)
+    assert {message.type for message in messages} <= {EXPIRE}
+    assert all((message.seq, message.pid) == (0, 0) for message in messages)
+    assert not any(
+        kind in message for message in messages for kind in (ExtensionType.KEY_AUTH, ExtensionType.KEY_ENCRYPT)
+    )
+    return [(message.state, message.lifetime_hard is not None) for message in messages]
+
+
+def test_an_sa_grows_old_and_dies(client: Client) -> None:
+    listener = registered(client)
+    add(client, limited(Lifetime(addtime=20), Lifetime(addtime=10)))
+    client.kernel.advance(9)
+    assert expiries(client, listener) == []
+    client.kernel.advance(2)
+    assert expiries(client, listener) == [(SAState.DYING, False)]
+    assert [sa.state for sa in client.kernel.associations()] == [SAState.DYING]
+    client.kernel.advance(8)
+    assert expiries(client, listener) == []
+    client.kernel.advance(2)
+    assert expiries(client, listener) == [(SAState.DEAD, True)]
+    assert client.kernel.associations() == []
+
+
+def test_the_clock_of_use_starts_with_the_first_packet(client: Client) -> None:
+    listener = registered(client)
+    client.add(esp())
+    add(client, limited(Lifetime(usetime=20), Lifetime(usetime=10)))
+    client.kernel.advance(100)
+    assert expiries(client, listener) == [] or client.received(listener) == []
+    verdict(client)
+    client.received(listener)
+    client.kernel.advance(11)
+    assert expiries(client, listener) == [(SAState.DYING, False)]
+    client.kernel.advance(10)
+    assert expiries(client, listener) == [(SAState.DEAD, True)]
+
+
+@only(*LINUX)
+def test_linux_counts_packets_before_each(client: Client) -> None:
+    listener = registered(client)
+    client.add(esp())
+    add(client, limited(Lifetime(allocations=3), Lifetime(allocations=2)))
+    client.received(listener)
+    assert [verdict(client) for _ in range(4)] == ["protected", "protected", "protected", "dropped"]
+    assert expiries(client, listener) == [(SAState.DYING, False), (SAState.DEAD, True)]
+    assert client.kernel.associations() == []
+
+
+def test_bytes_run_out(client: Client) -> None:
+    """Linux looks before every packet, FreeBSD once a second."""
+    listener = registered(client)
+    client.add(esp())
+    add(client, limited(Lifetime(bytes=500), Lifetime(bytes=150)))
+    client.received(listener)
+    for _ in range(3):
+        assert verdict(client) == "protected"
+    linux = client.abi.name == "linux"
+    assert expiries(client, listener) == ([(SAState.DYING, False)] if linux else [])
+    client.kernel.advance(1)
+    assert expiries(client, listener) == ([] if linux else [(SAState.DYING, False)])
+    for _ in range(3):
+        verdict(client)
+    client.kernel.advance(1)
+    assert expiries(client, listener) == [(SAState.DEAD, True)]
+
+
+def test_a_larval_sa_dies(client: Client) -> None:
+    listener = registered(client)
+    ends = {ExtensionType.ADDRESS_SRC: Address(SA.source), ExtensionType.ADDRESS_DST: Address(SA.destination)}
+    client.ask(MessageType.GETSPI, ends, 3)
+    client.kernel.advance(29)
+    assert len(client.kernel.associations()) == 1
+    client.kernel.advance(2)
+    assert client.kernel.associations() == []
+    assert expiries(client, listener) == ([(SAState.DEAD, True)] if client.abi.name == "linux" else [])
+
+
+def test_a_lifetime_of_zero_is_none(client: Client) -> None:
+    add(client, limited(Lifetime(), Lifetime()))
+    client.add(Policy(OUT, SITE, Action.DISCARD, lifetime_hard=Lifetime()))
+    client.kernel.advance(10**9)
+    assert (len(client.kernel.associations()), len(client.kernel.policies())) == (1, 1)
+
+
+@only(*LINUX)
+def test_a_linux_policy_expires_in_silence(client: Client) -> None:
+    listener = registered(client)
+    client.add(Policy(OUT, SITE, Action.DISCARD, lifetime_hard=Lifetime(addtime=10)))
+    client.received(listener)
+    with client.kernel.probe(OUT, *PACKET) as probe:
+        client.kernel.advance(9.5)
+        assert len(client.kernel.policies()) == 1
+        client.kernel.advance(1)
+    assert client.kernel.policies() == []
+    assert [step.name for step in probe.log] == ["expired"]
+    assert client.received(listener) == []
+
+
+@only(*FREEBSD)
+def test_a_freebsd_policy_says_that_it_expires(client: Client) -> None:
+    listener, deaf = registered(client), client.kernel.connect()
+    client.add(Policy(OUT, SITE, Action.DISCARD, lifetime_hard=Lifetime(addtime=10)))
+    client.received(listener), client.received(deaf)
+    client.kernel.advance(12)
+    (message,) = client.received(listener)
+    assert (message.type, message.seq, message.pid) == (SPDEXPIRE, 0, 0)
+    assert list(message.extensions) == [
+        ExtensionType.LIFETIME_CURRENT,
+        ExtensionType.LIFETIME_HARD,
+        ExtensionType.ADDRESS_SRC,
+        ExtensionType.ADDRESS_DST,
+        ExtensionType.POLICY,
+    ]
+    assert message.lifetime_hard == Lifetime(addtime=10)
+    assert client.kernel.policies() == []
+    assert client.received(deaf) == []
+
+
+def test_an_idle_policy_expires(client: Client) -> None:
+    client.add(Policy(OUT, SITE, Action.DISCARD, lifetime_hard=Lifetime(usetime=10)))
+    for _ in range(3):
+        client.kernel.advance(8)
+        assert verdict(client) == "dropped"
+    client.kernel.advance(12)
+    assert verdict(client) == "plaintext"
+
+
+def test_an_update_starts_the_clock_anew(client: Client) -> None:
+    client.add(Policy(OUT, SITE, Action.DISCARD, lifetime_hard=Lifetime(addtime=10)))
+    client.kernel.advance(8)
+    client.update(Policy(OUT, SITE, Action.DISCARD, lifetime_hard=Lifetime(addtime=10)))
+    client.kernel.advance(8)
+    assert len(client.kernel.policies()) == 1
+    client.update(discard())
+    client.kernel.advance(100)
+    assert len(client.kernel.policies()) == 1
+
+
+def test_a_waiting_reader_hears_of_an_expiry_in_real_time() -> None:
+    """With the real clock nobody needs to call advance()."""
+    kernel = EmbeddedKernel("linux")
+    listener, sender = kernel.connect(), kernel.connect()
+    listener.send(encode(Message(MessageType.REGISTER, abi=kernel.abi, satype=3)))
+    listener.receive(0)
+    got: list[bytes | None] = []
+    thread = threading.Thread(target=lambda: got.append(listener.receive(5)))
+    sender.send(
+        encode(association_message(MessageType.ADD, limited(Lifetime(addtime=1), Lifetime(addtime=1)), kernel.abi))
+    )
+    listener.receive(0)
+    begin = time.monotonic()
+    thread.start()
+    thread.join(5)
+    assert 0.5 < time.monotonic() - begin < 4
+    assert got[0] is not None
+    assert decode(got[0], kernel.abi).type == EXPIRE
+
+
+# The codec reads everything that these kernels say, and says it the same way.
+
+
+def test_every_message_decodes_and_re_encodes(client: Client) -> None:
+    listener = client.kernel.connect()
+    listener.set_receive_buffer(1 << 20)
+    client.send(client.build(MessageType.REGISTER, satype=3), listener)
+    bundle = esp(TUNNEL, Template.tunnel("2001:db8::1", "2001:db8::2", level=Level.USE), direction=IN)
+    for policy in (esp(), bundle, discard(Selector("::/0", "::/0", protocol=58, icmp_type=1))):
+        for kind in (MessageType.SPDADD, MessageType.SPDADD, MessageType.SPDUPDATE, MessageType.SPDDELETE):
+            client.send(policy_message(kind, policy, client.abi), listener)
+    client.send(policy_message(MessageType.SPDADD, esp(), client.abi), listener)
+    verdict(client)
+    for kind in (MessageType.ADD, MessageType.ADD, MessageType.GET):
+        client.send(association_message(kind, limited(Lifetime(addtime=9), Lifetime(addtime=5)), client.abi), listener)
+    for kind in (MessageType.SPDDUMP, MessageType.DUMP):
+        client.send(client.build(kind), listener)
+    client.kernel.advance(7)
+    client.kernel.advance(7)
+    kinds = set()
+    while (data := listener.receive(0)) is not None:
+        message = decode(data, client.abi)
+        kinds.add(message.type)
+        assert encode(message) == data
+    assert len(kinds) >= 10
