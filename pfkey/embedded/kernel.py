@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import os
 import time
 from collections.abc import Callable
 from math import inf
@@ -27,6 +27,11 @@ __all__ = ["EmbeddedKernel"]
 _DIALECTS = {Dialect.AF_KEY: afkey, Dialect.KAME: kame}
 
 
+def _any_between(low: int, high: int) -> int:
+    """A number drawn by chance; both ends belong to the range."""
+    return low + int.from_bytes(os.urandom(8), "little") % (high - low + 1)
+
+
 class EmbeddedKernel:
     """An SAD and an SPD in this process, spoken to in the PF_KEY bytes of a real system: "linux", "freebsd-13", ...
 
@@ -42,10 +47,10 @@ class EmbeddedKernel:
         profile_name: str | Profile = "linux",
         *,
         clock: Callable[[], float] = time.time,
-        choose_spi: Callable[[int, int], int] = random.randint,
+        choose_spi: Callable[[int, int], int] | None = None,
     ) -> None:
         self.profile = profile(profile_name)
-        self.choose_spi = choose_spi
+        self.choose_spi = choose_spi or _any_between
         self.lock = RLock()
         self.on_step: list[Callable[[str, EmbeddedKernel], None]] = []
         self.wire = wire_for(self.profile.abi)
