@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from . import codec
+from . import _sockets
 from .abi import Abi
 from .constants import PF_KEY_V2
 from .errors import ChannelClosed, KernelError, NotSupported, kernel_error
@@ -119,7 +119,7 @@ class NativeChannel:
     def __init__(self) -> None:
         self.abi = Abi.native()
         self._socket = _open(self.abi)
-        self._arena: codec.Arena | None = None
+        self._arena: _sockets.Arena | None = None
         self._queue: deque[bytes] = deque()
         self.lost = 0
         """Messages that were longer than any this package expects, and were cut by the kernel."""
@@ -162,7 +162,7 @@ class NativeChannel:
     def send_many(self, messages: Sequence[bytes]) -> int:
         """Give the kernel many messages in one call; how many it took.  Raises only what the first one raises."""
         self._check()
-        sent, error = codec.send_many(self._socket.fileno(), messages)
+        sent, error = _sockets.send_many(self._socket.fileno(), messages)
         if not sent and error:
             raise OSError(error, f"sending to the PF_KEY socket: {_strerror(error)}")
         return sent
@@ -182,8 +182,8 @@ class NativeChannel:
     def _fetch(self, timeout: float | None) -> None:
         self._check()
         if self._arena is None:
-            self._arena = codec.Arena(_BATCH, _LARGEST_MESSAGE)
-        received, cut, error = codec.receive_many(self._socket.fileno(), self._arena, _BATCH, timeout)
+            self._arena = _sockets.Arena(_BATCH, _LARGEST_MESSAGE)
+        received, cut, error = self._arena.receive(self._socket.fileno(), _BATCH, timeout)
         self._queue.extend(received)
         if cut:
             self.lost += len(cut)
@@ -221,7 +221,7 @@ _FORBIDDEN = {
 
 
 def _open(abi: Abi) -> socket.socket:
-    number = codec.pf_key()
+    number = _sockets.pf_key()
     try:
         return socket.socket(number if number >= 0 else abi.pf_key, socket.SOCK_RAW, PF_KEY_V2)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Messages <-> bytes: the only importer of the C core."""
+"""Messages <-> bytes: with _sockets beside it the only importer of the C core."""
 
 from __future__ import annotations
 
@@ -15,18 +15,7 @@ from .constants import PF_KEY_V2, ExtensionType, MessageType, Mode, SAState, SAT
 from .errors import DecodeError, EncodeError
 from .messages import SA, SA2, Address, Lifetime, PolicyExtension
 
-__all__ = [
-    "Arena",
-    "Message",
-    "Messages",
-    "Value",
-    "decode",
-    "decode_many",
-    "encode",
-    "pf_key",
-    "receive_many",
-    "send_many",
-]
+__all__ = ["Message", "Messages", "Value", "decode", "decode_many", "encode"]
 
 if ffi.sizeof("struct pfk_record") != layout.SIZE:
     raise ImportError("the compiled core and _record.py do not describe the same record; build the package again")
@@ -76,8 +65,8 @@ class Message:
 
     `extensions` maps what each extension is (or its number, where this Abi does not know it) to its value: SA, SA2,
     Lifetime, Address, Key, SPIRange, PolicyExtension, a tuple of Algorithm for the supported ones, an int for NAT-T
-    type and ports and for the replay window; bytes, everything behind its 4-byte header, for every other.  When building
-    a message bytes are accepted for any extension; they are padded to a multiple of 8 and not checked.
+    type and ports and for the replay window; bytes, everything behind its 4-byte header, for every other.  Bytes are
+    accepted for any extension when a message is built; they are padded to a multiple of 8 and not checked.
 
     Messages do not change.  Values are made when they are first asked for.
     """
@@ -501,55 +490,3 @@ def _decode_error(fault: Any, abi: Abi, prefix: str = "") -> DecodeError:
 
 def _type_name(message: Message) -> str:
     return message.type.name if isinstance(message.type, MessageType) else f"message of type {message.type}"
-
-
-# What a native channel needs of the core.
-
-
-def pf_key() -> int:
-    """This host's PF_KEY, or -1 where its headers have none."""
-    return cast("int", lib.pfk_pf_key())
-
-
-def send_many(fd: int, messages: Sequence[bytes]) -> tuple[int, int]:
-    """Send each message by itself, in one call; how many the kernel took, and the errno of the first it did not."""
-    error = ffi.new("int *")
-    sent = lib.pfk_send_many(fd, b"".join(messages), [len(one) for one in messages], len(messages), error)
-    return sent, error[0]
-
-
-class Arena:
-    """Where `receive_many` puts what it receives: room for `count` messages of up to `size` bytes."""
-
-    __slots__ = ("_buffer", "_error", "_lengths", "count", "size")
-
-    def __init__(self, count: int, size: int) -> None:
-        self.count = count
-        self.size = size
-        self._buffer = ffi.new("uint8_t[]", count * size)
-        self._lengths = ffi.new("uint32_t[]", count)
-        self._error = ffi.new("int *")
-
-    def receive(self, fd: int, limit: int, timeout: float | None) -> tuple[list[bytes], list[int], int]:
-        """(messages, lengths of those that were too long and are lost, errno or 0); wipes what it held."""
-        wait = -1 if timeout is None else max(0, int(timeout * 1000 + 0.999))
-        count = lib.pfk_receive_many(
-            fd, self._buffer, self.size, self._lengths, min(limit, self.count), wait, self._error
-        )
-        if count < 0:
-            return [], [], cast("int", self._error[0])
-        whole, cut = [], []
-        for index in range(count):
-            length = self._lengths[index]
-            start = self._buffer + index * self.size
-            if length > self.size:
-                cut.append(length)
-            else:
-                whole.append(bytes(ffi.buffer(start, length)))
-            lib.pfk_wipe(start, min(length, self.size))
-        return whole, cut, 0
-
-
-def receive_many(fd: int, arena: Arena, limit: int, timeout: float | None) -> tuple[list[bytes], list[int], int]:
-    """Up to `limit` messages in one call: see `Arena.receive`."""
-    return arena.receive(fd, limit, timeout)
