@@ -1,4 +1,4 @@
-"""Damaged messages never break an embedded kernel: it answers, or send() fails, and its databases stay in order."""
+"""Damaged messages never break an embedded kernel: it answers, or send() fails; its databases stay in order."""
 
 from __future__ import annotations
 

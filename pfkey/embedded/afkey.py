@@ -15,7 +15,7 @@ from . import afkey_time as times
 from .afkey_associations import association_key
 from .afkey_migrate import migrate
 from .afkey_time import acquire, use
-from .delivery import Receivers
+from .dialect import Receivers
 from .wire import HEADER_SIZE, RefusedError, Request, SendFailedError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from ..constants import ExtensionType as X
 from ..constants import MessageType as M
 from ..constants import Mode, SAState, SAType
 from .afkey_policies import due, pair, read_context, read_limits
-from .delivery import Receivers
+from .dialect import Receivers
 from .sad import NATT, Association
 from .wire import Endpoint, Limits, RefusedError, Request
 

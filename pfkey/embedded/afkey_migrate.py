@@ -11,7 +11,7 @@ from ..constants import MessageType as M
 from ..messages import Template
 from .afkey_associations import association_key, in_shape_of, satype_of
 from .afkey_policies import pair, selector_of, write_templates
-from .delivery import Receivers
+from .dialect import Receivers
 from .sad import Association
 from .spd import Entry
 from .wire import Endpoint, RefusedError, Request, pad8

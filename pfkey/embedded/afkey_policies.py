@@ -10,7 +10,7 @@ from ..constants import Action, Direction, Level, Mode, UpperProtocol
 from ..constants import ExtensionType as X
 from ..constants import MessageType as M
 from ..messages import Template
-from .delivery import Receivers
+from .dialect import Receivers
 from .spd import Entry
 from .wire import Endpoint, Limits, RefusedError, Request, pad8
 

@@ -10,7 +10,7 @@ from ..constants import ExtensionType as X
 from ..constants import MessageType as M
 from ..messages import Template
 from .afkey_associations import body_of, expiries, new_larval
-from .delivery import Receivers
+from .dialect import Receivers
 from .sad import Association
 from .spd import Entry, Packet
 from .wire import Endpoint, Limits

@@ -11,7 +11,7 @@ from ..constants import PolicyScope, SAType
 from . import kame_associations as associations
 from . import kame_policies as policies
 from . import kame_time as times
-from .delivery import Receivers
+from .dialect import Receivers
 from .kame_associations import association_key
 from .kame_time import acquire, use
 from .wire import HEADER_SIZE, RefusedError, Request, SendFailedError

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..constants import ExtensionType as X
 from ..constants import MessageType as M
 from ..constants import Mode, SAState, SAType, UpperProtocol
-from .delivery import Receivers
+from .dialect import Receivers
 from .kame_policies import ends, gather, tell
 from .sad import NATT, Association
 from .wire import Endpoint, Limits, RefusedError, Request

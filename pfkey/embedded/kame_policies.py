@@ -9,7 +9,7 @@ from ..constants import Action, Direction, Level, Mode, PolicyScope, SAProtocol,
 from ..constants import ExtensionType as X
 from ..constants import MessageType as M
 from ..messages import Template
-from .delivery import Receivers
+from .dialect import Receivers
 from .profiles import Update
 from .spd import Entry
 from .wire import HEADER_SIZE, Endpoint, Limits, RefusedError, Request, pad8

@@ -9,7 +9,7 @@ from ..constants import ExtensionType as X
 from ..constants import MessageType as M
 from ..constants import SAState
 from ..messages import Template
-from .delivery import Receivers
+from .dialect import Receivers
 from .kame_associations import SATYPES, addresses, index, start
 from .sad import Association
 from .spd import Entry, Packet

@@ -11,9 +11,8 @@ from threading import RLock
 from ..abi import Abi
 from ..constants import Direction, MessageType, PolicyScope
 from ..messages import AddressLike, Policy, SecurityAssociation, Selector
-from . import afkey, kame
 from .channel import EmbeddedChannel, kernel_failure
-from .delivery import Receivers
+from .dialect import DialectModule, Receivers
 from .faults import Fault, When, error_name
 from .probe import Probe
 from .profiles import Dialect, Profile, Update, profile
@@ -24,7 +23,16 @@ from .wire import RefusedError, SendFailedError, wire_for
 
 __all__ = ["EmbeddedKernel"]
 
-_DIALECTS = {Dialect.AF_KEY: afkey, Dialect.KAME: kame}
+
+def _module(dialect: Dialect) -> DialectModule:
+    """The code that answers; the other one is not even loaded."""
+    if dialect is Dialect.AF_KEY:
+        from . import afkey
+
+        return afkey
+    from . import kame
+
+    return kame
 
 
 def _any_between(low: int, high: int) -> int:
@@ -55,7 +63,7 @@ class EmbeddedKernel:
         self.on_step: list[Callable[[str, EmbeddedKernel], None]] = []
         self.wire = wire_for(self.profile.abi)
         self.spd = PolicyDatabase(self.profile)
-        self.dialect = _DIALECTS[self.profile.dialect]
+        self.dialect = _module(self.profile.dialect)
         self.sad = AssociationDatabase(self.dialect.association_key)
         self.channels: list[EmbeddedChannel] = []
         self.acquires: dict[tuple[object, ...], list[float]] = {}
