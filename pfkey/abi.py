@@ -115,6 +115,8 @@ class Abi:
     """Level USE is accepted for tunnels of outbound policies (Linux answers EINVAL)."""
     empty_ipsec_is_bypass: bool = field(repr=False)
     """IPSEC without templates is accepted and lets packets through in clear (Linux 6.1); others answer EINVAL."""
+    stores_scope: bool = field(repr=False)
+    """A selector keeps the scope of an IPv6 address (FreeBSD); Linux forgets it."""
     icmp_zero_is_any: bool = field(repr=False)
     """ICMP type 0 in a selector matches any type: it travels in the source port, where 0 is any."""
     has_soft_policy_lifetime: bool = field(repr=False)
@@ -222,6 +224,7 @@ class Abi:
             reqid_needs_unique=True,
             use_level_in_outbound_tunnel=False,
             empty_ipsec_is_bypass=True,
+            stores_scope=False,
             icmp_zero_is_any=True,
             has_soft_policy_lifetime=True,
             replay_in_bytes=False,
@@ -309,6 +312,7 @@ def _freebsd(release: tuple[int, ...], byteorder: ByteOrder) -> Abi:
         reqid_needs_unique=True,
         use_level_in_outbound_tunnel=True,
         empty_ipsec_is_bypass=False,
+        stores_scope=True,
         icmp_zero_is_any=True,
         has_soft_policy_lifetime=False,
         replay_in_bytes=True,

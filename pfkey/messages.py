@@ -61,6 +61,17 @@ def _interface(value: PrefixLike) -> IPInterface:
     return ip_interface(value)
 
 
+def _scope(interface: IPInterface) -> str:
+    """The scope of a link-local address; that of any other address means nothing."""
+    return getattr(interface, "scope_id", None) or "" if interface.is_link_local else ""
+
+
+def _masked(interface: IPInterface) -> IPInterface:
+    network, scope = interface.network, _scope(interface)
+    address = ip_address(network.network_address.packed)
+    return ip_interface(f"{address}%{scope}/{network.prefixlen}" if scope else (address, network.prefixlen))
+
+
 def _protocol(value: int | str | None) -> int | None:
     """255, 0 and "any" are None: any protocol."""
     if isinstance(value, str):
@@ -136,6 +147,7 @@ class Selector:
 
     def _make_identity(self) -> tuple[int, ...]:
         source, destination = self.source.network, self.destination.network
+        scopes = (_scope(self.source), _scope(self.destination))
         return (
             source.version,
             int(source.network_address),
@@ -144,6 +156,7 @@ class Selector:
             destination.prefixlen,
             UpperProtocol.ANY.value if self.protocol is None else self.protocol,
             *self.wire_ports,
+            *map(hash, scopes if any(scopes) else ()),
         )
 
     @property
@@ -158,7 +171,8 @@ class Selector:
         """What two selectors have in common when they match the same packets: cheap to hash and to compare.
 
         (IP version, source network, its prefix length, destination network, its prefix length, protocol with 255 for
-        any, the two wire ports).  The family is part of it: 0.0.0.0/0 and ::/0 are different.
+        any, the two wire ports, and what tells the scopes of link-local addresses apart).  The family is part of it:
+        0.0.0.0/0 and ::/0 are different.
         """
         return self._identity
 
@@ -178,8 +192,8 @@ class Selector:
             if max(first, second) > 255:
                 icmp_type, icmp_code, source_port, destination_port = None, None, first, second
         return Selector(
-            self.source.network,
-            self.destination.network,
+            _masked(self.source),
+            _masked(self.destination),
             protocol=self.protocol,
             source_port=source_port,
             destination_port=destination_port,

@@ -21,6 +21,7 @@ def check_policy(policy: Policy, abi: Abi) -> None:
     if policy.action not in _STORED:
         raise NotSupported(f"{policy}: {_name(policy.action)} is for sockets; a policy is IPSEC, NONE or DISCARD")
     _check_icmp(policy, abi)
+    _check_scope(policy, abi)
     if policy.lifetime_soft is not None and not abi.has_soft_policy_lifetime:
         raise NotSupported(f"{policy}: {abi} has no soft lifetimes of policies; give a hard one")
     if policy.priority and not abi.has_priority:
@@ -53,6 +54,12 @@ def _check_icmp(policy: Policy, abi: Abi) -> None:
         return
     if selector.protocol in (UpperProtocol.ICMP, UpperProtocol.ICMPV6):
         raise NotSupported(f"{policy}: {abi} takes ICMP type 0 for any type; leave it out if that is what is meant")
+
+
+def _check_scope(policy: Policy, abi: Abi) -> None:
+    for side in (policy.selector.source, policy.selector.destination):
+        if getattr(side, "scope_id", None) and not abi.stores_scope:
+            raise NotSupported(f"{policy}: {abi} forgets the scope of {side}, so that it would match on every link")
 
 
 def _check_template(policy: Policy, template: Template, abi: Abi) -> None:

@@ -49,7 +49,7 @@ _WHOLE = (MessageType.ADD, MessageType.UPDATE)
 # Policies.
 
 
-def _scope_id(address: IPAddress) -> int:
+def _scope_id(address: IPAddress | IPv4Interface | IPv6Interface) -> int:
     scope = getattr(address, "scope_id", None)
     if not scope:
         return 0
@@ -59,7 +59,7 @@ def _scope_id(address: IPAddress) -> int:
 
 
 def _side(interface: IPv4Interface | IPv6Interface, protocol: int, port: int) -> Address:
-    return Address(interface.ip, interface.network.prefixlen, protocol, port, _scope_id(interface.ip))
+    return Address(interface.ip, interface.network.prefixlen, protocol, port, _scope_id(interface))
 
 
 def policy_message(type: MessageType, policy: Policy, abi: Abi, *, with_templates: bool = True) -> Message:
