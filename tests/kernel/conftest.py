@@ -19,8 +19,7 @@ TEST_SECONDS = 200
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Names the marker, and takes the real-kernel tests into user-mode Linux."""
-    config.addinivalue_line("markers", "real_kernel: speaks to a real af_key (in user-mode Linux unless native)")
+    """Takes the real-kernel tests into user-mode Linux."""
     for plugin in plugins(config):
         config.pluginmanager.register(plugin)
 
