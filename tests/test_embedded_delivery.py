@@ -166,6 +166,24 @@ def test_freebsd_refuses_in_the_send(client: Client) -> None:
 
 
 @only(*FREEBSD)
+def test_the_limits_of_a_freebsd_message(client: Client) -> None:
+    """2048 bytes are parsed, more is ENOBUFS, and what exceeds the send buffer EMSGSIZE."""
+    wire = client.kernel.wire
+    errors = [raw(client, wire.message(DUMP, 0, 1, 1, bytes(size - 16))) for size in (2048, 2056, 8192, 8200)]
+    assert errors == ["EINVAL", "ENOBUFS", "ENOBUFS", "EMSGSIZE"]
+
+
+@only(*FREEBSD)
+@pytest.mark.parametrize(("position", "value"), [(0, 1), (0, 3), (1, 0), (1, 23), (1, 255)])
+def test_a_wrong_version_or_type_is_answered_on_freebsd(client: Client, position: int, value: int) -> None:
+    data = bytearray(encode(client.build(DUMP)))
+    data[position] = value
+    assert raw(client, bytes(data)) == ""
+    data[2] = 22
+    assert client.channel.receive(0) == bytes(data)
+
+
+@only(*FREEBSD)
 def test_freebsd_looks_into_sockaddrs(client: Client) -> None:
     """A length that does not fill the extension is EINVAL from send(), another family is an error reply."""
     good = bytearray(encode(policy_message(ADD, discard(), client.abi)))

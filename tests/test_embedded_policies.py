@@ -474,6 +474,28 @@ def test_freebsd_wants_transport_templates_without_addresses(client: Client, siz
     assert client.error(client.ask(ADD, extensions)) == "EINVAL"
 
 
+@only(*FREEBSD)
+def test_the_ends_of_a_freebsd_tunnel(client: Client) -> None:
+    """Two sockaddrs of one family, one behind the other, whole."""
+    wire = client.kernel.wire
+    v4, v6 = wire.sockaddr(4, 1), wire.sockaddr(6, 1)
+    good = [v4 * 2, v6 * 2, v4 * 2 + bytes(8)]
+    bad = [b"", v4, v4 + bytes(16), v4 + v6 + bytes(4), v6 + v4 + bytes(4), bytes(32), b"\x10\x1e" * 16, v6 + bytes(4)]
+    outcomes = []
+    for ends in good + bad:
+        requests = wire.request(8 + len(ends), SAProtocol.ESP, Mode.TUNNEL, Level.REQUIRE, 0) + ends
+        extensions = {
+            ExtensionType.POLICY: wire.policy(Action.IPSEC, OUT, requests=requests)[4:],
+            ExtensionType.ADDRESS_SRC: Address(SITE.source.ip, 16, 255),
+            ExtensionType.ADDRESS_DST: Address(SITE.destination.ip, 16, 255),
+        }
+        client.send(client.build(UPDATE, extensions))
+        answer = client.channel.receive(0)
+        assert answer is not None
+        outcomes.append(answer[2])
+    assert outcomes == [0] * len(good) + [22] * len(bad)
+
+
 @pytest.mark.parametrize("kind", [MessageType.EXPIRE, MessageType.SPDEXPIRE, MessageType.SPDACQUIRE])
 def test_types_that_only_the_kernel_sends(client: Client, kind: MessageType) -> None:
     satype = 3 if kind == MessageType.EXPIRE else 0

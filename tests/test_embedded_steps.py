@@ -174,6 +174,12 @@ def test_a_probe_counts_while_it_is_armed(client: Client) -> None:
     assert client.kernel.on_step == []
 
 
+def test_a_probe_looks_away_after_its_block(client: Client) -> None:
+    with client.kernel.probe(OUT, *PACKET) as probe:
+        assert probe.armed
+    assert (probe.armed, client.kernel.on_step) == (False, [])
+
+
 @pytest.mark.parametrize(
     ("selector", "hit"),
     [

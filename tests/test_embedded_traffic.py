@@ -222,6 +222,16 @@ def test_a_missing_sa_is_asked_for_once(client: Client) -> None:
     assert client.received(deaf) == []
 
 
+def test_asking_over_ipv6(client: Client) -> None:
+    listener = registered(client)
+    client.add(esp(Template.tunnel("2001:db8::1", "2001:db8::2", reqid=7)))
+    verdict(client)
+    (message,) = asked(client, listener)
+    protocol = 0 if client.abi.name == "linux" else 255
+    assert message.source == Address(ip_address("2001:db8::1"), 128, protocol)
+    assert message.destination == Address(ip_address("2001:db8::2"), 128, protocol)
+
+
 @only(*LINUX)
 def test_nobody_to_ask_on_linux(client: Client) -> None:
     client.add(esp())
