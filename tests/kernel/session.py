@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+import pfkey
+
 from .uml import SCRATCH, Installation, Unavailable, UserModeLinux
 
 SILENCE_SECONDS = 300.0
@@ -97,11 +99,13 @@ class Outside:
     def _boot(self, items: list[pytest.Item]) -> None:
         """Start the kernel with a pytest run of these tests in it."""
         config = self._config
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(config.rootpath)]
+        # -P, and the path of the package that is tested here: an unbuilt source tree must not come before it.
+        command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(config.rootpath)]
         if config.inipath is not None:
             command += ["-c", str(config.inipath)]
         command += dict.fromkeys(str(item.path) for item in items)
-        self._uml = UserModeLinux(command, directory=config.rootpath, environment={WHERE: NATIVE, REQUIRED: "1"})
+        environment = {WHERE: NATIVE, REQUIRED: "1", "PYTHONPATH": os.pathsep.join(_python_path())}
+        self._uml = UserModeLinux(command, directory=config.rootpath, environment=environment)
         (self._uml.scratch / "selection").write_text(json.dumps([item.nodeid for item in items]))
         started = time.monotonic()
         self._uml.start()
@@ -178,6 +182,12 @@ class Inside:
     def pytest_unconfigure(self) -> None:
         """The last line is out."""
         self._file.close()
+
+
+def _python_path() -> list[str]:
+    """Where the package under test comes from, before what the environment says."""
+    package = Path(str(pfkey.__file__)).resolve().parent.parent
+    return [str(package), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
 
 
 def plugins(config: pytest.Config) -> list[object]:
