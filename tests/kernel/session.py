@@ -104,7 +104,7 @@ class Outside:
         if config.inipath is not None:
             command += ["-c", str(config.inipath)]
         command += dict.fromkeys(str(item.path) for item in items)
-        environment = {WHERE: NATIVE, REQUIRED: "1", "PYTHONPATH": os.pathsep.join(_python_path())}
+        environment = {WHERE: NATIVE, REQUIRED: "1", "PYTHONPATH": os.pathsep.join(python_path())}
         self._uml = UserModeLinux(command, directory=config.rootpath, environment=environment)
         (self._uml.scratch / "selection").write_text(json.dumps([item.nodeid for item in items]))
         started = time.monotonic()
@@ -184,7 +184,7 @@ class Inside:
         self._file.close()
 
 
-def _python_path() -> list[str]:
+def python_path() -> list[str]:
     """Where the package under test comes from, before what the environment says."""
     package = Path(str(pfkey.__file__)).resolve().parent.parent
     return [str(package), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from .network import Cable, Link, Namespace, PacketCounter, cable, namespace
+from .session import python_path
 from .uml import INSTALL, module_order
 
 DEPENDENCIES = """\
@@ -48,10 +49,10 @@ def run_outside(tmp_path: Path, request: pytest.FixtureRequest):
         inherited = {
             key: value for key, value in os.environ.items() if not key.startswith(("PFKEY_", "PYTEST_", "LD_PRELOAD"))
         }
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "-rs", "-v"]
+        command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "-rs", "-v"]
         done = subprocess.run(
             [*command, "--rootdir", str(request.config.rootpath), f"{__file__}::{name}"],
-            env=inherited | environment,
+            env=inherited | {"PYTHONPATH": os.pathsep.join(python_path())} | environment,
             cwd=request.config.rootpath,
             capture_output=True,
             text=True,
