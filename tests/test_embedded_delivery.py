@@ -106,6 +106,7 @@ def test_freebsd_wraps_copies_for_the_promiscuous(client: Client) -> None:
     assert len(copies) == 2
     wrapped, plain = copies
     assert (wrapped[1], wrapped[16:]) == (MessageType.PROMISC, plain)
+    assert wrapped[6:16] == bytes(10)
     assert wrapped[4:6] == (len(wrapped) // 8).to_bytes(2, "little")
     client.ask(DUMP)
     assert curious.receive(0) is not None

@@ -198,6 +198,15 @@ def test_when_a_policy_was_used(client: Client) -> None:
     assert client.kernel.policies(OUT)[0].lifetime_current == Lifetime(0, 0, NOW, NOW + 10)
 
 
+def test_a_packet_without_its_sa_is_no_use_on_linux(client: Client) -> None:
+    client.add(esp())
+    client.kernel.advance(5)
+    assert verdict(client) == "dropped"
+    used = client.kernel.policies(OUT)[0].lifetime_current
+    assert used is not None
+    assert used.usetime == (0 if client.abi.name == "linux" else NOW + 5)
+
+
 # ACQUIRE.
 
 
@@ -262,10 +271,12 @@ def test_linux_asks_again_when_the_larval_sa_is_gone(client: Client) -> None:
 def test_freebsd_asks_again_after_ten_packets_or_twenty_seconds(client: Client) -> None:
     client.add(esp())
     listener = registered(client)
-    for _ in range(12):
+    counts = []
+    for _ in range(24):
         verdict(client)
-    first, second = asked(client, listener)
-    assert first.seq == second.seq
+        counts += asked(client, listener)
+    first, second, last = counts
+    assert first.seq == second.seq == last.seq
     client.kernel.advance(21)
     verdict(client)
     (third,) = asked(client, listener)

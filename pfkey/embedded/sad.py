@@ -160,8 +160,3 @@ class AssociationDatabase:
         """Number an entry that had none."""
         association.spi = spi
         self._keys[self._key(association)] = association
-
-    def newest(self, association: Association) -> None:
-        """File it anew, as the newest, after something of its group or state changed; `change` it while it is out."""
-        self.remove(association)
-        self.add(association)
