@@ -30,6 +30,7 @@ __all__ = [
     "getspi",
     "in_shape_of",
     "new_larval",
+    "next_expiry",
     "satype_of",
 ]
 
@@ -172,8 +173,8 @@ def _larval_by_seq(
     kernel: EmbeddedKernel, seq: int, *, protocol: int | None, destination: Endpoint | None
 ) -> Association | None:
     """The larval SA that an ACQUIRE with this number asked for."""
-    for sa in kernel.sad:
-        if seq and sa.seq == seq and sa.state == SAState.LARVAL:
+    for sa in kernel.sad.waiting():
+        if seq and sa.seq == seq:
             fits = destination is None or sa.destination.address == destination.address
             return sa if fits and protocol in (None, sa.protocol) else None
     return None
@@ -184,8 +185,8 @@ def _larval_for(
 ) -> Association | None:
     """A larval SA without SPI between these two (find_acq)."""
     source, destination = between
-    for sa in kernel.sad:
-        same = (sa.protocol, sa.mode, sa.reqid, sa.spi, sa.state) == (protocol, *kind, 0, SAState.LARVAL)
+    for sa in kernel.sad.waiting():
+        same = (sa.protocol, sa.mode, sa.reqid, sa.spi) == (protocol, *kind, 0)
         if same and sa.source.address == source.address and sa.destination.address == destination.address:
             return sa
     return None
@@ -325,8 +326,7 @@ def _insert(kernel: EmbeddedKernel, sa: Association, larval: Association | None)
     if larval is not None:
         kernel.sad.remove(larval)
     kernel.sad.add(sa)
-    if expiries(sa):
-        kernel.schedule(kernel.now())
+    kernel.schedule(next_expiry(sa))
 
 
 def _refresh(kernel: EmbeddedKernel, old: Association, new: Association) -> None:
@@ -334,7 +334,7 @@ def _refresh(kernel: EmbeddedKernel, old: Association, new: Association) -> None
     if (old.natt is None) != (new.natt is None) or (old.natt and new.natt and old.natt.type != new.natt.type):
         raise RefusedError("EINVAL")
     old.natt, old.hard, old.soft, old.state = new.natt, new.hard, new.soft, SAState.MATURE
-    kernel.schedule(kernel.now())
+    kernel.schedule(next_expiry(old))
     new.state = SAState.DEAD
 
 
@@ -424,6 +424,11 @@ def expiries(sa: Association) -> list[tuple[float, bool]]:
         if limits.usetime:
             moments.append((due(sa.used or inf, limits.usetime), hard))
     return moments
+
+
+def next_expiry(sa: Association) -> float:
+    """When the next limit is reached."""
+    return min((when for when, _ in expiries(sa)), default=inf)
 
 
 def acquire_failed(kernel: EmbeddedKernel, request: Request) -> None:

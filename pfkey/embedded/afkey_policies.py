@@ -239,9 +239,7 @@ def add(kernel: EmbeddedKernel, request: Request) -> None:
         kernel.step("replaced")
     else:
         raise RefusedError("EEXIST")
-    for limit in (entry.hard, entry.soft):
-        if limit and (limit.addtime or limit.usetime):
-            kernel.schedule(entry.created)
+    kernel.schedule(_expiry(entry))
     kind = M.SPDUPDATE if request.type == M.SPDUPDATE else M.SPDADD
     kernel.broadcast(_answer(kernel, request, kind, entry, 3), Receivers.ALL)
 
@@ -302,17 +300,16 @@ def dump_bodies(kernel: EmbeddedKernel) -> Iterator[tuple[int, int, bytes, int]]
 
 def expire(kernel: EmbeddedKernel, now: float) -> float:
     """Remove policies past a hard limit, in silence (af_key tells nobody); when the next one is due."""
-    following = inf
     for entry in list(kernel.spd):
-        if entry.hard is None:
-            continue
-        moment = inf
-        if entry.hard.addtime:
-            moment = due(entry.created, entry.hard.addtime)
-        if entry.hard.usetime:
-            moment = min(moment, due(entry.used or entry.created, entry.hard.usetime))
-        if moment <= now:
+        if _expiry(entry) <= now:
             _remove(kernel, entry, "expired")
-        else:
-            following = min(following, moment)
-    return following
+    return min(map(_expiry, kernel.spd), default=inf)
+
+
+def _expiry(entry: Entry) -> float:
+    """When its hard limit is reached: of age, or of idleness."""
+    if entry.hard is None:
+        return inf
+    age = due(entry.created, entry.hard.addtime) if entry.hard.addtime else inf
+    idle = due(entry.used or entry.created, entry.hard.usetime) if entry.hard.usetime else inf
+    return min(age, idle)

@@ -9,7 +9,7 @@ from ..constants import Action, Direction, SAState, SAType
 from ..constants import ExtensionType as X
 from ..constants import MessageType as M
 from ..messages import Template
-from .afkey_associations import body_of, expiries, new_larval
+from .afkey_associations import body_of, expiries, new_larval, next_expiry
 from .dialect import Receivers
 from .sad import Association
 from .spd import Entry, Packet
@@ -31,8 +31,7 @@ def expire(kernel: EmbeddedKernel, now: float) -> float:
             continue
         if any(when <= now for when, _ in moments):
             _dying(kernel, sa)
-            moments = expiries(sa)
-        following = min([following, *(when for when, _ in moments)])
+        following = min(following, next_expiry(sa))
     return following
 
 
@@ -56,7 +55,7 @@ def use(kernel: EmbeddedKernel, sa: Association, size: int) -> bool:
     """Count a packet; False, and the SA is over, when the packets before it have reached a hard limit."""
     if not sa.used:
         sa.used = kernel.now()
-        kernel.schedule(min([inf, *(when for when, _ in expiries(sa))]))
+        kernel.schedule(next_expiry(sa))
     if _reached(sa, sa.hard):
         _expired(kernel, sa)
         return False
@@ -79,10 +78,9 @@ def acquire(
     if not kernel.someone_registered():
         return
     source, destination = between
-    for sa in kernel.sad:
+    for sa in kernel.sad.waiting():
         same = (sa.protocol, sa.mode, sa.reqid) == (template.protocol, template.mode, template.reqid)
-        waiting = sa.state == SAState.LARVAL and sa.source.address == source.address
-        if same and waiting and sa.destination.address == destination.address:
+        if same and (sa.source.address, sa.destination.address) == (source.address, destination.address):
             return
     kernel.acquire_seq += 1
     sa = new_larval(kernel, template.protocol, between, (template.mode, template.reqid), kernel.acquire_seq)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from math import inf
 from typing import TYPE_CHECKING
 
 from ..constants import ExtensionType as X
@@ -28,6 +29,8 @@ __all__ = [
     "get",
     "getspi",
     "index",
+    "next_look",
+    "reached",
     "start",
     "update",
 ]
@@ -113,7 +116,7 @@ def getspi(kernel: EmbeddedKernel, request: Request) -> None:
         raise RefusedError("EEXIST")
     _check_spi(sa)
     _file(kernel, sa)
-    kernel.schedule(sa.created)
+    kernel.schedule(next_look(kernel, sa))
     body = (
         kernel.wire.sa(sa.spi, 0, 0, auth=0, encrypt=0, flags=0)
         + request.raw(X.ADDRESS_SRC)
@@ -273,7 +276,7 @@ def add(kernel: EmbeddedKernel, request: Request) -> None:
     _check_spi(sa)
     sa = _fill(kernel, request, sa)
     _file(kernel, sa)
-    kernel.schedule(sa.created)
+    kernel.schedule(next_look(kernel, sa))
     tell(kernel, request, gather(kernel, request, *_REPLY), Receivers.ALL)
 
 
@@ -292,13 +295,14 @@ def update(kernel: EmbeddedKernel, request: Request) -> None:
         filled = _fill(kernel, request, sa)
         kernel.sad.remove(sa)
         kernel.sad.add(filled)
+        sa = filled
     else:
         if X.KEY_ENCRYPT in request or X.KEY_AUTH in request:
             raise RefusedError("EINVAL")
         if X.LIFETIME_HARD in request:
             sa.hard, sa.soft = _limits(kernel, request, X.LIFETIME_HARD), _limits(kernel, request, X.LIFETIME_SOFT)
         _move(kernel, request, sa)
-    kernel.schedule(kernel.now())
+    kernel.schedule(next_look(kernel, sa))
     tell(kernel, request, gather(kernel, request, *_REPLY), Receivers.ALL)
 
 
@@ -424,3 +428,20 @@ def addresses(kernel: EmbeddedKernel, sa: Association) -> bytes:
     wire, width = kernel.wire, 32 if sa.source.version == 4 else 128
     source = wire.address(X.ADDRESS_SRC, sa.source.raw, UpperProtocol.ANY, width)
     return source + wire.address(X.ADDRESS_DST, sa.destination.raw, UpperProtocol.ANY, width)
+
+
+def reached(sa: Association, limits: Limits | None) -> float:
+    """When it has these limits behind it; bytes when they were used up, packets are not limited."""
+    if limits is None:
+        return inf
+    if 0 < limits.bytes < sa.octets:
+        return sa.used
+    return min(sa.created + (limits.addtime or inf), (sa.used or inf) + (limits.usetime or inf))
+
+
+def next_look(kernel: EmbeddedKernel, sa: Association) -> float:
+    """When it is worth looking at again: the kernel does so once a second, and only what is older than a limit goes."""
+    if sa.state == SAState.LARVAL:
+        return sa.created + kernel.profile.larval_seconds + 1
+    soft = reached(sa, sa.soft) if sa.state == SAState.MATURE else inf
+    return min(reached(sa, sa.hard), soft) + 1

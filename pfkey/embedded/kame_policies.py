@@ -182,8 +182,7 @@ def add(kernel: EmbeddedKernel, request: Request) -> None:
         kernel.step("inserted")
     else:
         _swap(kernel, old, entry)
-    if entry.hard and (entry.hard.addtime or entry.hard.usetime):
-        kernel.schedule(entry.created)
+    kernel.schedule(_due(entry) + 1)
     start, _ = request.extensions[X.POLICY]
     kernel.wire.u32.pack_into(request.data, start + 8, entry.id)
     answer = gather(kernel, request, X.POLICY, X.LIFETIME_HARD, X.ADDRESS_SRC, X.ADDRESS_DST)
@@ -284,22 +283,20 @@ def flush(kernel: EmbeddedKernel, request: Request) -> None:
 
 def expire(kernel: EmbeddedKernel, now: float) -> float:
     """Remove what is older than its hard lifetime or idle for longer; SPDEXPIRE to those who registered."""
-    following = inf
     for entry in list(kernel.spd):
-        if entry.hard is None:
-            continue
-        due = min(
-            entry.created + (entry.hard.addtime or inf),
-            entry.used + (entry.hard.usetime or inf),
-        )
-        if now > due:
+        if now > _due(entry):
             _unlink(kernel, entry, "expired")
             wire = kernel.wire
             body = wire.lifetime(X.LIFETIME_CURRENT, Limits(0, 0, int(entry.created), int(entry.used)))
-            body += wire.lifetime(X.LIFETIME_HARD, entry.hard) + _addresses(kernel, entry)
+            body += wire.lifetime(X.LIFETIME_HARD, entry.hard or Limits()) + _addresses(kernel, entry)
             body += _shown_policy(kernel, entry)
             kernel.broadcast(wire.message(M.SPDEXPIRE, 0, 0, 0, body, reserved=1), Receivers.REGISTERED)
-        else:
-            # Looked at once a second, and only what is older than its limit goes.
-            following = min(following, due + 1)
-    return following
+    # Looked at once a second, and only what is older than its limit goes.
+    return min(map(_due, kernel.spd), default=inf) + 1
+
+
+def _due(entry: Entry) -> float:
+    """When it has its limit of age or idleness behind it."""
+    if entry.hard is None:
+        return inf
+    return min(entry.created + (entry.hard.addtime or inf), entry.used + (entry.hard.usetime or inf))

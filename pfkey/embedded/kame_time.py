@@ -10,7 +10,7 @@ from ..constants import MessageType as M
 from ..constants import SAState
 from ..messages import Template
 from .dialect import Receivers
-from .kame_associations import SATYPES, addresses, index, start
+from .kame_associations import SATYPES, addresses, index, next_look, reached, start
 from .sad import Association
 from .spd import Entry, Packet
 from .wire import Endpoint, Limits, RefusedError, Request
@@ -25,31 +25,15 @@ _ACQUIRES_BLOCKED, _ACQUIRE_SECONDS = 10, 20
 
 def expire(kernel: EmbeddedKernel, now: float) -> float:
     """Larval SAs vanish in silence; a hard limit goes before a soft one, and those who registered hear of both."""
-    following = inf
     for sa in kernel.sad:
         if sa.state == SAState.LARVAL:
-            due = sa.created + kernel.profile.larval_seconds
-            if now > due:
+            if now > sa.created + kernel.profile.larval_seconds:
                 kernel.sad.remove(sa)
-            else:
-                following = min(following, due + 1)
-        elif sa.hard is not None and sa.soft is not None:
-            if now > _due(sa, sa.hard):
-                _end(kernel, sa)
-                continue
-            if sa.state == SAState.MATURE and now > _due(sa, sa.soft):
-                _dying(kernel, sa)
-            due = _due(sa, sa.hard)
-            if sa.state == SAState.MATURE:
-                due = min(due, _due(sa, sa.soft))
-            following = min(following, due + 1)
-    return following
-
-
-def _due(sa: Association, limits: Limits) -> float:
-    if 0 < limits.bytes < sa.octets:
-        return sa.used
-    return min(sa.created + (limits.addtime or inf), (sa.used or inf) + (limits.usetime or inf))
+        elif now > reached(sa, sa.hard):
+            _end(kernel, sa)
+        elif sa.state == SAState.MATURE and now > reached(sa, sa.soft):
+            _dying(kernel, sa)
+    return min((next_look(kernel, sa) for sa in kernel.sad), default=inf)
 
 
 def _end(kernel: EmbeddedKernel, sa: Association) -> None:

@@ -110,6 +110,7 @@ class AssociationDatabase:
         self._all: dict[int, Association] = {}  # by serial, in the order of insertion
         self._keys: dict[tuple[object, ...], Association] = {}
         self._heads: dict[tuple[object, ...], list[int]] = {}  # group -> [serial of the group, members]
+        self._larval: dict[int, Association] = {}
         self._serial = 0
 
     def __len__(self) -> int:
@@ -144,11 +145,18 @@ class AssociationDatabase:
         association.head = head[0]
         if association.spi:
             self._keys[self._key(association)] = association
+        if association.state == SAState.LARVAL:
+            self._larval[self._serial] = association
+
+    def waiting(self) -> list[Association]:
+        """The larval ones, oldest first."""
+        return [association for association in self._larval.values() if association.state == SAState.LARVAL]
 
     def remove(self, association: Association) -> None:
         """Take it out."""
         if self._all.pop(association.serial, None) is None:
             return
+        self._larval.pop(association.serial, None)
         head = self._heads[association.group]
         head[1] -= 1
         if not head[1]:
