@@ -371,7 +371,6 @@ static const char *const reasons[PFK_REASONS] = {
 	[PFK_KEY_TOO_SHORT] = "the key has more bits than its extension holds",
 	[PFK_REQUEST_TOO_SHORT] = "a policy request is shorter than its head",
 	[PFK_REQUEST_PAST_END] = "a policy request goes on past the end of its extension",
-	[PFK_REQUEST_ADDRESSES] = "a policy request is longer than its two addresses",
 	[PFK_REQUEST_FAMILIES] = "the two addresses of a policy request are of different families",
 	[PFK_NO_SPACE] = "it is longer than its length field can say",
 	[PFK_BAD_PART] = "a variable part lies outside what was given",

@@ -213,7 +213,7 @@ def _templates(data: bytes, start: int, end: int, abi: Abi) -> tuple[Template, .
     """The requests of a policy, which the core has validated."""
     head = _REQUEST[abi.byteorder, abi.request_size]
     templates = []
-    while start < end:
+    while start + abi.request_size <= end:
         length, protocol, mode, level, *rest = head.unpack_from(data, start)
         reqid = rest[0] if abi.request_size == 8 else rest[1]
         source = destination = None

@@ -288,8 +288,15 @@ class PolicyTracker:
         raise ForeignPolicy(
             f"{tracked} belongs to somebody else ({self._kernel_holds(tracked)}); it was left alone."
             " Delete it first if it is not needed, or use another selector",
-            policy=self._get(tracked, tracked.installed.policy_id),
+            policy=self._seen(tracked),
         )
+
+    def _seen(self, tracked: TrackedPolicy) -> Policy | None:
+        """What an error shows of the policy in the kernel; None when it cannot be read any more."""
+        try:
+            return self._get(tracked, tracked.installed.policy_id)
+        except PFKeyError:
+            return None
 
     # Sending, and knowing what it did.
 

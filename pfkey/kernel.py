@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import logging
+import select
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -324,13 +325,23 @@ class Kernel:
                 yield message
                 deadline = None if timeout is None else time.monotonic() + timeout
             left = None if deadline is None else deadline - time.monotonic()
-            wait = _SLICE if left is None else max(0.0, min(_SLICE, left))
-            with self._event_lock:
-                for data in self._receive(self._event_channel or self.channel, 64, wait):
-                    self._event_conversation.receive(data)
+            self._hear(_SLICE if left is None else max(0.0, min(_SLICE, left)))
             if left is not None and left <= 0:
                 yield from self._take_events()
                 return
+
+    def _hear(self, seconds: float) -> None:
+        """Take what arrives for events, or wait a little; with a descriptor others may use the channel meanwhile."""
+        channel = self._event_channel or self.channel
+        descriptor = channel.fileno()
+        with self._event_lock:
+            received = self._receive(channel, 64, seconds if descriptor < 0 else 0.0)
+            for data in received:
+                self._event_conversation.receive(data)
+        if not received and descriptor >= 0:
+            poll = select.poll()
+            poll.register(descriptor, select.POLLIN)
+            poll.poll(seconds * 1000)
 
     def _take_events(self) -> list[Message]:
         with self._event_lock:

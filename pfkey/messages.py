@@ -301,8 +301,8 @@ class Lifetime:
     """A limit, or how much of it is used (sadb_lifetime, RFC 2367 section 2.3.2); 0 is no limit.
 
     `allocations` counts packets in practice, `bytes` bytes.  As a limit `addtime` and `usetime` are seconds since
-    creation and since first use; as a current value they are the wall-clock seconds of creation and of first use (last
-    use on FreeBSD).
+    creation and since first use (of a policy: since its last use); as a current value they are the wall-clock seconds
+    of creation and of first use (of a policy, and on FreeBSD: last use).
     """
 
     allocations: int = 0

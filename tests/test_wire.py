@@ -159,6 +159,20 @@ def test_a_promiscuous_copy_keeps_what_it_wraps() -> None:
     assert decode(inner, LINUX).body == b""
 
 
+@pytest.mark.parametrize("case", [CASES[1], CASES[10]], ids=str)
+def test_padding_of_policy_requests_is_kept(case: Case) -> None:
+    """Kernels take a request that is longer than its addresses, and some bytes behind the last, and echo them."""
+    policy = case.message.raw(X.POLICY)
+    for inside in (0, 8):
+        request = bytearray(policy[16:] + bytes(inside))
+        request[0:2] = len(request).to_bytes(2, "little")
+        padded = policy[4:16] + bytes(request) + (bytes(8) if case.abi == LINUX and not inside else b"")
+        data = encode(Message(MessageType.SPDADD, {X.POLICY: padded}, abi=case.abi))
+        message = decode(data, case.abi)
+        assert message.policy == case.message.policy
+        assert encode(message) == data
+
+
 def test_an_echo_of_what_was_rejected_decodes() -> None:
     """Errno is set: content that breaks its rules comes raw, and goes out again as it came."""
     data = bytearray(CASES[10].data)  # a FreeBSD tunnel

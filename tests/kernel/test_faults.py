@@ -20,14 +20,18 @@ from faulty import (
 from scenarios import ADD, DEL, MOVED, SITE, TRAP, UPD, X, Y, check
 
 from pfkey import (
+    Action,
     Channel,
     ChannelClosed,
     Direction,
     Kernel,
     KernelError,
     MessageType,
+    NotTracked,
+    Policy,
     PolicyTracker,
     ReplyTimeout,
+    Selector,
     connect,
 )
 
@@ -99,6 +103,18 @@ def test_a_rejected_update_leaves_the_previous_top(
     assert patient.tracker.assignments(OUT, SITE) == (TRAP,)
     patient.check()
     assert patient.channel.types() == [ADD, UPD]
+
+
+def test_a_flush_deletes_ours_alone_and_resets(patient: Patient) -> None:
+    theirs = patient.other.add_policy(Policy(OUT, Selector("10.3.0.0/16", "10.4.0.0/16"), Action.DISCARD, priority=7))
+    patient.tracker.add(OUT, SITE, X)
+    patient.tracker.flush()
+    assert patient.channel.types() == [ADD, DEL]
+    assert [policy.id for policy in patient.other.dump_policies()] == [theirs.id]
+    assert patient.tracker.add(OUT, SITE, Y).sent == (ADD,)
+    assert patient.tracker.remove(OUT, SITE, Y).sent == (DEL,)
+    with pytest.raises(NotTracked):
+        patient.tracker.remove(OUT, SITE, X)
 
 
 def test_a_vanished_socket(patient: Patient) -> None:

@@ -165,6 +165,14 @@ def test_setidx_is_an_add_and_says_so(kernel: Kernel) -> None:
         kernel.request(message)
 
 
+@pytest.mark.parametrize(
+    "type", [MessageType.SPDEXPIRE, MessageType.SPDACQUIRE, MessageType.PCHANGE], ids=lambda kind: kind.name
+)
+def test_what_only_a_kernel_says(type: MessageType, kernel: Kernel) -> None:
+    with pytest.raises(KernelError, match="EOPNOTSUPP"):
+        kernel.request(Message(type, abi=kernel.abi))
+
+
 def test_flushing(kernel: Kernel) -> None:
     kernel.flush_policies()
     kernel.add_policy(PLAIN)
