@@ -71,6 +71,8 @@ COMMANDS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (default: those of the process) and return its exit code."""
+    if sys.stdout is None:  # started with a closed stdout: what it would show is wanted by nobody
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it lives as long as the process)
     try:
         arguments = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed the usage, or the help
@@ -85,11 +87,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PFKeyError as error:
         return _fail(error, REFUSED)
     except BrokenPipeError:
-        # The reader has gone (`pfkey dump | head -1`).  The interpreter must not stumble over it again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_output()  # the reader has gone: `pfkey dump | head -1`
         return OK
+    except OSError as error:  # a full disk, a closed terminal
+        _abandon_output()
+        return _fail(f"the output could not be written: {error.strerror}", REFUSED)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
+
+
+def _abandon_output() -> None:
+    """Point stdout at nothing, so that the interpreter does not stumble at exit over what could not be written."""
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -286,6 +286,26 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert (ran.returncode, ran.stderr) == (0, b"")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_said_in_one_line() -> None:
+    with open("/dev/full", "wb") as full:
+        ran = subprocess.run(
+            [sys.executable, "-m", "pfkey", "demo"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+            cwd=ROOT,
+        )
+    assert (ran.returncode, ran.stderr.count(b"\n")) == (1, 1)
+    assert b"No space left" in ran.stderr
+
+
+def test_a_closed_stdout_is_no_error() -> None:
+    ran = process("sh", "-c", f"'{sys.executable}' -m pfkey demo >&-")
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
 def test_importing_the_package_does_not_import_the_command() -> None:
     code = "import sys, pfkey; print(sorted({'argparse', 'asyncio', 'construct', 'pfkey.cli'} & sys.modules.keys()))"
     assert process(sys.executable, "-c", code).stdout == "[]\n"
