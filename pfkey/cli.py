@@ -89,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _abandon_output()  # the reader has gone: `pfkey dump | head -1`
         return OK
-    except OSError as error:  # a full disk, a closed terminal
-        _abandon_output()
+    except OSError as error:
+        _abandon_output()  # a full disk, a closed terminal
         return _fail(f"the output could not be written: {error.strerror}", REFUSED)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
@@ -120,7 +120,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="pfkey",
         description="PF_KEYv2: see and keep the IPsec policies and SAs of a kernel.",
         epilog="PFKEY_KERNEL names the kernel where --kernel does not."
-        "  Exit codes: 0 done, 1 the kernel refused something, 2 usage, 3 PF_KEY could not be opened.",
+        "  Exit codes: 0 done, 1 the kernel refused something or the output could not be written, 2 usage,"
+        " 3 PF_KEY could not be opened.",
     )
     parser.add_argument("--version", action="version", version=f"pfkey {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
