@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from ipaddress import IPv4Address, IPv6Address
 from struct import Struct
 from typing import Any, NamedTuple, cast
@@ -14,7 +14,7 @@ from .constants import Action, Direction, ExtensionType, Level, Mode, PolicyScop
 from .errors import EncodeError
 from .messages import SA, SA2, Address, Algorithm, IPAddress, Key, Lifetime, PolicyExtension, SPIRange, Template
 
-__all__ = ["VALUES", "Blob", "Value", "enum_or_int"]
+__all__ = ["VALUES", "Blob", "Value", "enum_or_int", "flags_of", "wire_mode"]
 
 Value = SA | SA2 | Address | Key | Lifetime | PolicyExtension | SPIRange | tuple[Algorithm, ...] | int | bytes
 
@@ -23,14 +23,19 @@ def _table(kind: type[Any]) -> dict[int, Any]:
     return {int(member): member for member in kind}
 
 
-_STATES, _MODES, _LEVELS = _table(SAState), _table(Mode), _table(Level)
+_STATES, _LEVELS = _table(SAState), _table(Level)
 _PROTOCOLS, _ACTIONS, _DIRECTIONS, _SCOPES = _table(SAProtocol), _table(Action), _table(Direction), _table(PolicyScope)
 _ALGORITHM = {"little": Struct("<BBHHH"), "big": Struct(">BBHHH")}
 
 
-def enum_or_int(table: dict[int, Any], number: int) -> Any:
+def enum_or_int(table: Mapping[int, Any], number: int) -> Any:
     """The member, or the number itself: a kernel newer than this package must not break it."""
     return table.get(number, number)
+
+
+def wire_mode(mode: Mode | int) -> int:
+    """The number on the wire: the low byte of a Mode, a plain number as it is."""
+    return mode & 0xFF if isinstance(mode, Mode) else mode
 
 
 class Blob:
@@ -68,13 +73,25 @@ class Blob:
         return offset
 
 
+def flags_of(wire: int, abi: Abi) -> SAFlag:
+    """What the flags of an SA mean on this system."""
+    turned = sum(meaning for bit, meaning in abi.flags.items() if wire & bit)
+    return SAFlag(wire & ~sum(abi.flags) | turned)
+
+
+def _wire_flags(flags: int, abi: Abi) -> int:
+    turned = sum(bit for bit, meaning in abi.flags.items() if flags & meaning)
+    return int(flags) & ~sum(abi.flags.values()) | turned
+
+
 def _read_sa(record: bytes, data: bytes, abi: Abi, which: int) -> SA:
     spi, replay, state, auth, encrypt, flags = cast("tuple[int, ...]", layout.SA.read(record))
-    return SA(spi, replay, enum_or_int(_STATES, state), auth, encrypt, SAFlag(flags))
+    return SA(spi, replay, enum_or_int(_STATES, state), auth, encrypt, flags_of(flags, abi))
 
 
 def _write_sa(value: SA, record: bytearray, blob: Blob, which: int) -> None:
-    layout.SA.write(record, 0, value.spi, value.replay, value.state, value.auth, value.encrypt, value.flags)
+    flags = _wire_flags(value.flags, blob.abi)
+    layout.SA.write(record, 0, value.spi, value.replay, value.state, value.auth, value.encrypt, flags)
 
 
 def _read_lifetime(record: bytes, data: bytes, abi: Abi, which: int) -> Lifetime:
@@ -150,11 +167,11 @@ def _write_supported(value: tuple[Algorithm, ...], record: bytearray, blob: Blob
 
 def _read_sa2(record: bytes, data: bytes, abi: Abi, which: int) -> SA2:
     mode, _, _, sequence, reqid = cast("tuple[int, ...]", layout.SA2.read(record))
-    return SA2(enum_or_int(_MODES, mode), sequence, reqid)
+    return SA2(enum_or_int(abi.modes, mode), sequence, reqid)
 
 
 def _write_sa2(value: SA2, record: bytearray, blob: Blob, which: int) -> None:
-    layout.SA2.write(record, 0, value.mode, 0, 0, value.sequence, value.reqid)
+    layout.SA2.write(record, 0, wire_mode(value.mode), 0, 0, value.sequence, value.reqid)
 
 
 def _read_nat_t_type(record: bytes, data: bytes, abi: Abi, which: int) -> int:
@@ -224,7 +241,7 @@ def _templates(data: bytes, start: int, end: int, abi: Abi) -> tuple[Template, .
         templates.append(
             Template(
                 enum_or_int(_PROTOCOLS, protocol),
-                enum_or_int(_MODES, mode),
+                enum_or_int(abi.modes, mode),
                 source,
                 destination,
                 reqid,
@@ -259,7 +276,7 @@ def _request(template: Template, abi: Abi) -> bytes:
     reqid = (template.reqid,) if abi.request_size == 8 else (0, template.reqid, 0)
     try:
         head = _REQUEST[abi.byteorder, abi.request_size].pack(
-            abi.request_size + len(addresses), template.protocol, template.mode, template.level, *reqid
+            abi.request_size + len(addresses), template.protocol, wire_mode(template.mode), template.level, *reqid
         )
     except struct.error as error:
         raise EncodeError(f"a number in {template} does not fit its field: {error}") from None

@@ -1,8 +1,7 @@
 """One description per system: numbers, layouts and quirks, as data.
 
-Sources: <net/pfkeyv2.h> and <netipsec/ipsec.h> of FreeBSD 12.1, 13.0 and 14.3, <linux/pfkeyv2.h> and <linux/ipsec.h>
-of Linux 6.1, and the behaviour of their kernels.  A quirk stands here, under the name of what it does, so that no other
-module asks which system it talks to.
+The numbers stand in _numbers.py; layouts come from the same headers, quirks from the behaviour of the kernels.  A quirk
+stands here, under the name of what it does, so that no other module asks which system it talks to.
 """
 
 from __future__ import annotations
@@ -11,68 +10,31 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from types import MappingProxyType
 from typing import Literal
 
-from .constants import Direction, ExtensionType, Level, MessageType
+from . import _numbers as numbers
+from .constants import Direction, ExtensionType, Level, MessageType, Mode, SAFlag
 from .errors import NotSupported
 
 __all__ = ["Abi"]
 
 ByteOrder = Literal["little", "big"]
 
-_COMMON_EXTENSIONS = {int(kind): kind for kind in ExtensionType if kind < 0x100}
-_LINUX_EXTENSIONS = _COMMON_EXTENSIONS | {kind & 0xFF: kind for kind in ExtensionType if kind >> 8 == 1}
-_FREEBSD_EXTENSIONS = _COMMON_EXTENSIONS | {kind & 0xFF: kind for kind in ExtensionType if kind >> 8 == 2}
-
-_COMMON_ERRORS = {
-    1: "EPERM", 2: "ENOENT", 3: "ESRCH", 4: "EINTR", 5: "EIO", 9: "EBADF", 12: "ENOMEM", 13: "EACCES",
-    14: "EFAULT", 16: "EBUSY", 17: "EEXIST", 22: "EINVAL", 28: "ENOSPC", 32: "EPIPE", 34: "ERANGE",
-}  # fmt: skip
-_LINUX_ERRORS = _COMMON_ERRORS | {
-    11: "EAGAIN", 38: "ENOSYS", 40: "ELOOP", 61: "ENODATA", 75: "EOVERFLOW", 90: "EMSGSIZE", 92: "ENOPROTOOPT",
-    93: "EPROTONOSUPPORT", 94: "ESOCKTNOSUPPORT", 95: "EOPNOTSUPP", 97: "EAFNOSUPPORT", 98: "EADDRINUSE",
-    99: "EADDRNOTAVAIL", 100: "ENETDOWN", 105: "ENOBUFS", 110: "ETIMEDOUT",
-}  # fmt: skip
-_FREEBSD_ERRORS = _COMMON_ERRORS | {
-    35: "EAGAIN", 40: "EMSGSIZE", 42: "ENOPROTOOPT", 43: "EPROTONOSUPPORT", 44: "ESOCKTNOSUPPORT",
-    45: "EOPNOTSUPP", 47: "EAFNOSUPPORT", 48: "EADDRINUSE", 49: "EADDRNOTAVAIL", 50: "ENETDOWN", 55: "ENOBUFS",
-    60: "ETIMEDOUT", 62: "ELOOP", 78: "ENOSYS", 84: "EOVERFLOW",
-}  # fmt: skip
-
-_COMMON_AUTHENTICATION = {
-    "none": 0, "hmac-md5": 2, "hmac-sha1": 3, "hmac-sha2-256": 5, "hmac-sha2-384": 6, "hmac-sha2-512": 7,
-    "hmac-ripemd160": 8, "aes-xcbc-mac": 9, "null": 251,
-}  # fmt: skip
-_LINUX_AUTHENTICATION = _COMMON_AUTHENTICATION | {"hmac-sm3-256": 10}
-_FREEBSD_AUTHENTICATION = _COMMON_AUTHENTICATION | {
-    "aes-128-gmac": 11, "aes-192-gmac": 12, "aes-256-gmac": 13, "keyed-md5": 249, "keyed-sha1": 250, "tcp-md5": 252,
-}  # fmt: skip
-_COMMON_ENCRYPTION = {
-    "none": 0, "des-cbc": 2, "3des-cbc": 3, "cast128-cbc": 6, "blowfish-cbc": 7, "null": 11, "aes-cbc": 12,
-    "aes-ctr": 13, "aes-gcm-8": 18, "aes-gcm-12": 19, "aes-gcm-16": 20, "camellia-cbc": 22, "aes-gmac": 23,
-}  # fmt: skip
-_LINUX_ENCRYPTION = _COMMON_ENCRYPTION | {
-    "aes-ccm-8": 14, "aes-ccm-12": 15, "aes-ccm-16": 16, "sm4-cbc": 24, "serpent-cbc": 252, "twofish-cbc": 253,
-}  # fmt: skip
-_COMMON_COMPRESSION = {"none": 0, "oui": 1, "deflate": 2, "lzs": 3}
-_LINUX_COMPRESSION = _COMMON_COMPRESSION | {"lzjh": 4}
-
-_COMMON_TYPES = frozenset(kind for kind in MessageType if kind <= MessageType.SPDDELETE2)
 _ALL_DIRECTIONS = (Direction.IN, Direction.FWD, Direction.OUT)
 
 
 @dataclass(frozen=True, eq=False)
 class Abi:
-    """How one system speaks PF_KEYv2: `Abi.linux()`, `Abi.freebsd(14)`, `Abi.native()`.
+    """How one system speaks PF_KEYv2: `Abi.linux()`, `Abi.freebsd(14)`, `Abi.netbsd()`, `Abi.macos()`, `Abi.native()`.
 
     Two descriptions are equal when they stand for the same system, release and byte order.
     """
 
     name: str
-    """The system: "linux" or "freebsd"."""
+    """The system: "linux", "freebsd", "netbsd" or "macos"."""
     release: tuple[int, ...]
     """The release whose behaviour this describes, (14, 3) for example; empty where it makes no difference."""
     byteorder: ByteOrder
@@ -84,7 +46,12 @@ class Abi:
     af_inet6: int
     extensions: Mapping[int, ExtensionType] = field(repr=False)
     """Number on the wire -> what it means here."""
-    message_types: frozenset[MessageType] = field(repr=False)
+    message_types: Mapping[int, MessageType] = field(repr=False)
+    """Number on the wire -> what it means here."""
+    modes: Mapping[int, Mode] = field(repr=False)
+    """Number on the wire -> the mode it means here."""
+    flags: Mapping[int, SAFlag] = field(repr=False)
+    """Bits of sadb_sa_flags that mean another SAFlag than the one of their number; empty but on macOS."""
     errors: Mapping[int, str] = field(repr=False)
     """This kernel's error number -> its name."""
     authentication: Mapping[str, int] = field(repr=False)
@@ -157,7 +124,7 @@ class Abi:
         return hash(self._identity)
 
     def __str__(self) -> str:
-        return f"{'Linux' if self.name == 'linux' else 'FreeBSD'}{self._release_text}"
+        return f"{_TITLES[self.name]}{self._release_text}"
 
     @property
     def _release_text(self) -> str:
@@ -207,12 +174,14 @@ class Abi:
             pf_key=15,
             af_inet=2,
             af_inet6=10,
-            extensions=MappingProxyType(_LINUX_EXTENSIONS),
-            message_types=_COMMON_TYPES | {MessageType.NAT_T_NEW_MAPPING, MessageType.MIGRATE},
-            errors=MappingProxyType(_LINUX_ERRORS),
-            authentication=MappingProxyType(_LINUX_AUTHENTICATION),
-            encryption=MappingProxyType(_LINUX_ENCRYPTION),
-            compression=MappingProxyType(_LINUX_COMPRESSION),
+            extensions=MappingProxyType(numbers.EXTENSIONS["linux"]),
+            message_types=MappingProxyType(numbers.MESSAGE_TYPES["linux"]),
+            modes=MappingProxyType(numbers.MODES["linux"]),
+            flags=MappingProxyType({}),
+            errors=MappingProxyType(numbers.ERRORS["linux"]),
+            authentication=MappingProxyType(numbers.linux_authentication()),
+            encryption=MappingProxyType(numbers.linux_encryption()),
+            compression=MappingProxyType(numbers.LINUX_COMPRESSION),
             sockaddr_has_length=False,
             request_size=16,
             has_priority=True,
@@ -243,8 +212,69 @@ class Abi:
 
     @staticmethod
     def freebsd(release: float | str | tuple[int, ...] = 14, byteorder: ByteOrder = sys.byteorder) -> Abi:
-        """FreeBSD 12 and later: a release (13, "14.3") or the number that `sysctl kern.osreldate` prints (1403000)."""
+        """FreeBSD 9 and later: a release (13, "14.3") or the number that `sysctl kern.osreldate` prints (1403000).
+
+        A release newer than 15 is described as 15.
+        """
         return _freebsd(_freebsd_release(release), _checked_order(byteorder))
+
+    @staticmethod
+    @cache
+    def netbsd(byteorder: ByteOrder = sys.byteorder) -> Abi:
+        """NetBSD, as of its key.c of 2024.  Its kernel orders policies by insertion; there are no priorities."""
+        return replace(
+            _freebsd((10,), _checked_order(byteorder)),
+            name="netbsd",
+            release=(),
+            pf_key=29,
+            af_inet6=24,
+            extensions=MappingProxyType(numbers.EXTENSIONS["netbsd"]),
+            message_types=MappingProxyType(numbers.MESSAGE_TYPES["netbsd"]),
+            modes=MappingProxyType(numbers.MODES["netbsd"]),
+            errors=MappingProxyType(numbers.ERRORS["netbsd"]),
+            authentication=MappingProxyType(numbers.freebsd_authentication((11,))),
+            encryption=MappingProxyType(numbers.netbsd_encryption()),
+        )
+
+    @staticmethod
+    @cache
+    def macos(byteorder: ByteOrder = sys.byteorder) -> Abi:
+        """macOS, as of xnu-11417 (2025): algorithm numbers of its own, no priorities, no NAT-T extensions."""
+        return replace(
+            _freebsd((10,), _checked_order(byteorder)),
+            name="macos",
+            release=(),
+            pf_key=29,
+            af_inet6=30,
+            extensions=MappingProxyType(numbers.EXTENSIONS["macos"]),
+            message_types=MappingProxyType(numbers.MESSAGE_TYPES["macos"]),
+            modes=MappingProxyType(numbers.MODES["macos"]),
+            flags=MappingProxyType(numbers.MACOS_FLAGS),
+            errors=MappingProxyType(numbers.ERRORS["macos"]),
+            authentication=MappingProxyType(numbers.MACOS_AUTHENTICATION),
+            encryption=MappingProxyType(numbers.MACOS_ENCRYPTION),
+        )
+
+    @staticmethod
+    def named(text: str) -> Abi:
+        """The system that a word names: "linux", "freebsd-13.2", "netbsd", "macos", each with "-big" or "-little".
+
+        Without a byte order it is this host's.  Raises NotSupported for a system that this package does not speak, by
+        its name when it is OpenBSD.
+        """
+        found = re.fullmatch(r"(linux|freebsd|netbsd|macos|openbsd)(?:-(\d[\d.]*))?(?:-(little|big))?", text.lower())
+        if found is None or (found[2] and found[1] != "freebsd"):
+            raise NotSupported(
+                f"{text!r} names no system; linux, freebsd, freebsd-RELEASE, netbsd and macos do,"
+                " each with -little or -big if you like"
+            )
+        order: ByteOrder = "big" if found[3] == "big" else "little" if found[3] else sys.byteorder
+        if found[1] == "openbsd":
+            raise NotSupported(OPENBSD)
+        if found[1] == "freebsd":
+            return Abi.freebsd(found[2] or 14, order)
+        make = {"linux": Abi.linux, "netbsd": Abi.netbsd, "macos": Abi.macos}[found[1]]
+        return make(order)
 
     @staticmethod
     def native() -> Abi:
@@ -257,10 +287,23 @@ class Abi:
             return Abi.linux()
         if host.sysname == "FreeBSD":
             return Abi.freebsd(host.release)
+        if host.sysname == "NetBSD":
+            return Abi.netbsd()
+        if host.sysname == "Darwin":
+            return Abi.macos()
+        if host.sysname == "OpenBSD":
+            raise NotSupported(OPENBSD)
         raise NotSupported(
-            f"{host.sysname} {host.release} is not a system whose PF_KEYv2 this package speaks (Linux, FreeBSD 12 and"
-            " later); name one of those, or pass a channel that has an abi"
+            f"{host.sysname} {host.release} is not a system whose PF_KEYv2 this package speaks (Linux, FreeBSD 9 and"
+            " later, NetBSD, macOS); name one of those, or pass a channel that has an abi"
         )
+
+
+OPENBSD = (
+    "OpenBSD's PF_KEY is another one: its policies are flows (SADB_X_ADDFLOW), and its extensions from 17 on and its SA"
+    " types have other meanings; this package speaks that of Linux, FreeBSD, NetBSD and macOS"
+)
+_TITLES = {"linux": "Linux", "freebsd": "FreeBSD", "netbsd": "NetBSD", "macos": "macOS"}
 
 
 def _checked_order(byteorder: ByteOrder) -> ByteOrder:
@@ -277,8 +320,8 @@ def _freebsd_release(release: float | str | tuple[int, ...]) -> tuple[int, ...]:
         parts = (release // 100000, release // 1000 % 100)
     else:
         parts = tuple(map(int, re.findall(r"\d+", str(release))[:2]))
-    if not parts or parts[0] < 12:
-        raise NotSupported(f"FreeBSD {release} is not described here; 12 and later are")
+    if not parts or parts[0] < 9:
+        raise NotSupported(f"FreeBSD {release} is not described here; 9 and later are")
     return parts
 
 
@@ -286,8 +329,8 @@ def _freebsd_release(release: float | str | tuple[int, ...]) -> tuple[int, ...]:
 def _freebsd(release: tuple[int, ...], byteorder: ByteOrder) -> Abi:
     # The update became atomic somewhere between 13.0 and 14.3; 14.0 to 14.2 were never read and count as they were.
     atomic = release == (14,) or release >= (14, 3)
-    chacha = {"chacha20-poly1305": 14} if release >= (14,) else {}
-    chacha_encryption = {"chacha20-poly1305": 15} if release >= (14,) else {}
+    extensions = numbers.freebsd_extensions(release)
+    replay_extension = ExtensionType.SA_REPLAY in extensions.values()
     return Abi(
         name="freebsd",
         release=release,
@@ -295,16 +338,18 @@ def _freebsd(release: tuple[int, ...], byteorder: ByteOrder) -> Abi:
         pf_key=27,
         af_inet=2,
         af_inet6=28,
-        extensions=MappingProxyType(_FREEBSD_EXTENSIONS),
-        message_types=_COMMON_TYPES,
-        errors=MappingProxyType(_FREEBSD_ERRORS),
-        authentication=MappingProxyType(_FREEBSD_AUTHENTICATION | chacha),
-        encryption=MappingProxyType(_COMMON_ENCRYPTION | chacha_encryption),
-        compression=MappingProxyType(_COMMON_COMPRESSION),
+        extensions=MappingProxyType(extensions),
+        message_types=MappingProxyType(numbers.MESSAGE_TYPES["freebsd"]),
+        modes=MappingProxyType(numbers.MODES["freebsd"]),
+        flags=MappingProxyType({}),
+        errors=MappingProxyType(numbers.ERRORS["freebsd"]),
+        authentication=MappingProxyType(numbers.freebsd_authentication(release)),
+        encryption=MappingProxyType(numbers.freebsd_encryption(release)),
+        compression=MappingProxyType(numbers.COMPRESSION),
         sockaddr_has_length=True,
         request_size=8,
-        has_priority=True,
-        has_scope=True,
+        has_priority=release >= (11,),
+        has_scope=replay_extension,  # both came with 11.1,
         directions=(Direction.IN, Direction.OUT),
         maximum_reqid=16383,
         maximum_templates=4,
@@ -316,7 +361,7 @@ def _freebsd(release: tuple[int, ...], byteorder: ByteOrder) -> Abi:
         icmp_zero_is_any=True,
         has_soft_policy_lifetime=False,
         replay_in_bytes=True,
-        maximum_replay_window=(1 << 32) - 33,
+        maximum_replay_window=(1 << 32) - 33 if replay_extension else 255 * 8,
         update_unlinks_first=not atomic,
         rejected_update_removes=True,
         update_changes_id=True,

@@ -20,7 +20,6 @@ __all__ = ["Message", "Messages", "Value", "decode", "decode_many", "encode"]
 if ffi.sizeof("struct pfk_record") != layout.SIZE:
     raise ImportError("the compiled core and _record.py do not describe the same record; build the package again")
 
-_TYPES: dict[int, MessageType] = {int(kind): kind for kind in MessageType}
 _SATYPES: dict[int, SAType] = {int(kind): kind for kind in SAType}
 _HEADER_FIELDS = ("version", "type", "errno", "satype", "length", "reserved", "seq", "pid")
 _NO_COUNTS = bytes(layout.COUNTS.size)
@@ -92,6 +91,7 @@ class Message:
         version: int = PF_KEY_V2,
     ) -> None:
         record = bytearray(layout.SIZE)
+        type = type & 0xFF if isinstance(type, MessageType) else type
         _pack_header(record, version, type, errno, satype, 0, reserved, seq, pid)
         blob = Blob(abi)
         if len(extensions) > layout.MAXIMUM_EXTENSIONS:
@@ -125,7 +125,7 @@ class Message:
     @property
     def type(self) -> MessageType | int:
         """What is asked or said; a number when this package does not know it."""
-        return _TYPES.get(self._record[1], self._record[1])
+        return self.abi.message_types.get(self._record[1], self._record[1])
 
     @property
     def errno(self) -> int:
@@ -234,7 +234,7 @@ class Message:
         """The mode of the SA."""
         if not self._has(ExtensionType.SA2):
             return None
-        return cast("Mode | int", enum_or_int(_MODES, cast("int", layout.SA2.read(self._record)[0])))
+        return cast("Mode | int", enum_or_int(self.abi.modes, cast("int", layout.SA2.read(self._record)[0])))
 
     @property
     def reqid(self) -> int | None:
@@ -326,7 +326,6 @@ class Message:
 
 
 _STATES = {int(state): state for state in SAState}
-_MODES = {int(mode): mode for mode in Mode}
 
 
 def _made(abi: Abi, record: bytes, data: bytes) -> Message:

@@ -1,8 +1,9 @@
-"""The names and numbers of the field: RFC 2367, the KAME extensions, and what Linux and FreeBSD added.
+"""The names and numbers of the field: RFC 2367, the KAME extensions, and what Linux, the BSDs and macOS added.
 
 Numbers that every system shares are the wire numbers.  Where systems use one number for different things
 (extension 24 is a security context on Linux and a NAT-T address on FreeBSD) the member's low byte is still the
-wire number and its high byte tells the dialects apart; an `Abi` knows which of them its system speaks.
+wire number and its high byte tells the dialects apart: 0 for what all share, 1 for Linux, 2 for FreeBSD and NetBSD,
+3 for macOS.  An `Abi` knows which of them its system speaks.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ __all__ = [
     "Action",
     "Direction",
     "ExtensionType",
+    "IdentityType",
     "Level",
     "MessageType",
     "Mode",
@@ -31,7 +33,10 @@ PF_KEY_V2 = 2
 
 
 class MessageType(IntEnum):
-    """What a message asks or says (sadb_msg_type; RFC 2367 section 3.1 and the KAME policy messages)."""
+    """What a message asks or says (sadb_msg_type; RFC 2367 section 3.1 and the KAME policy messages).
+
+    `value & 0xFF` is the number on the wire.
+    """
 
     GETSPI = 1
     UPDATE = 2
@@ -56,14 +61,16 @@ class MessageType(IntEnum):
     SPDEXPIRE = 21
     SPDDELETE2 = 22
     NAT_T_NEW_MAPPING = 23  # Linux, NetBSD
-    MIGRATE = 24  # Linux
+    MIGRATE = 24  # Linux; a policy moves with its SAs
+
+    GETSASTAT = 0x317
+    SPDENABLE = 0x318
+    SPDDISABLE = 0x319
+    SA_MIGRATE = 0x31A  # SADB_MIGRATE of macOS, about an SA
 
 
 class ExtensionType(IntEnum):
-    """What an extension carries (sadb_ext_type); `value & 0xFF` is the number on the wire.
-
-    The high byte is 0 for what all systems share, 1 for Linux, 2 for the BSD dialect.
-    """
+    """What an extension carries (sadb_ext_type); `value & 0xFF` is the number on the wire."""
 
     SA = 1
     LIFETIME_CURRENT = 2
@@ -93,12 +100,26 @@ class ExtensionType(IntEnum):
     KMADDRESS = 0x119
     FILTER = 0x11A
 
-    NAT_T_OAI = 0x217
-    NAT_T_OAR = 0x218
-    NAT_T_FRAG = 0x219
+    NAT_T_OAI = 0x217  # FreeBSD, NetBSD
+    NAT_T_OAR = 0x218  # FreeBSD, NetBSD
+    NAT_T_FRAG = 0x219  # FreeBSD, NetBSD
     SA_REPLAY = 0x21A  # FreeBSD 11.1 and later
     NEW_ADDRESS_SRC = 0x21B  # FreeBSD 11.1 and later
     NEW_ADDRESS_DST = 0x21C  # FreeBSD 11.1 and later
+    LIFETIME_CURRENT_SOFTWARE = 0x21D  # FreeBSD 15: SADB_X_EXT_LFT_CUR_SW_OFFL
+    LIFETIME_CURRENT_HARDWARE = 0x21E  # FreeBSD 15: SADB_X_EXT_LFT_CUR_HW_OFFL
+    HARDWARE_OFFLOAD = 0x21F  # FreeBSD 15: SADB_X_EXT_IF_HW_OFFL
+
+    SESSION_ID = 0x314
+    SASTAT = 0x315
+    IPSECIF = 0x316
+    ADDRESS_RANGE_SRC_START = 0x317
+    ADDRESS_RANGE_SRC_END = 0x318
+    ADDRESS_RANGE_DST_START = 0x319
+    ADDRESS_RANGE_DST_END = 0x31A
+    MIGRATE_ADDRESS_SRC = 0x31B
+    MIGRATE_ADDRESS_DST = 0x31C
+    MIGRATE_IPSECIF = 0x31D
 
 
 class SAType(IntEnum):
@@ -112,6 +133,7 @@ class SAType(IntEnum):
     RIPV2 = 7
     MIP = 8
     IPCOMP = 9
+    POLICY = 10  # macOS
     TCPSIGNATURE = 11  # FreeBSD, NetBSD
 
 
@@ -134,13 +156,24 @@ class SAState(IntEnum):
 
 
 class SAFlag(IntFlag):
-    """Flags of an SA (sadb_sa_flags).  Bits that a system does not name are kept as they are."""
+    """Flags of an SA (sadb_sa_flags).  Bits that a system does not name are kept as they are.
 
-    PFS = 0x1
-    ESN = 0x400  # FreeBSD 13 and later
+    macOS says ESN by another bit, and implicit initialisation vectors by the bit that is ESN on FreeBSD: a codec turns
+    them into these and back.
+    """
+
+    PFS = 0x1  # the BSDs: the old format (RFC 1826, RFC 1827) of an SA that the kernel holds
+    IV4B = 0x10  # the BSDs: an IV of four bytes
+    DERIV = 0x20  # the BSDs: DES with a derived IV
+    CYCSEQ = 0x40  # the BSDs: the sequence number may wrap
+    RAWCPI = 0x80  # the BSDs: the well-known CPI of an IPComp algorithm
+    PRAND = 0x100  # the BSDs: random padding
+    PZERO = 0x200  # the BSDs: padding with zeros
+    ESN = 0x400  # FreeBSD 13 and later; macOS, where the wire has 0x800
     NOPMTUDISC = 0x20000000  # Linux
     DECAP_DSCP = 0x40000000  # Linux
     NOECN = 0x80000000  # Linux
+    IIV = 1 << 32  # macOS: implicit IV; the wire has 0x400
 
 
 class Direction(IntEnum):
@@ -159,15 +192,21 @@ class Action(IntEnum):
     IPSEC = 2
     ENTRUST = 3  # sockets only
     BYPASS = 4  # sockets only
+    GENERATE = 5  # macOS
 
 
 class Mode(IntEnum):
-    """How a transform is applied (sadb_x_ipsecrequest_mode, sadb_x_sa2_mode)."""
+    """How a transform is applied (sadb_x_ipsecrequest_mode, sadb_x_sa2_mode).
+
+    `value & 0xFF` is the number on the wire.
+    """
 
     ANY = 0
     TRANSPORT = 1
     TUNNEL = 2
-    BEET = 3  # Linux; on FreeBSD and NetBSD 3 means TCP-MD5
+    BEET = 0x103  # Linux
+    IPTFS = 0x104  # Linux 6.14 and later
+    TCPMD5 = 0x203  # FreeBSD, NetBSD
 
 
 class Level(IntEnum):
@@ -180,6 +219,15 @@ class Level(IntEnum):
     USE = 1
     REQUIRE = 2
     UNIQUE = 3
+
+
+class IdentityType(IntEnum):
+    """How an identity names somebody (sadb_ident_type, RFC 2367 section 2.3.4)."""
+
+    PREFIX = 1
+    FQDN = 2
+    USER_FQDN = 3
+    ADDRESS = 4  # the BSDs and macOS
 
 
 class PolicyScope(IntEnum):

@@ -38,7 +38,7 @@ _FILTER = X.FILTER & 0xFF
 _ANY_PROTOCOL = 255
 _PROTOCOLS = {SAType.UNSPEC: _ANY_PROTOCOL, SAType.AH: 51, SAType.ESP: 50, SAType.IPCOMP: 108}
 _SATYPES = {51: SAType.AH, 50: SAType.ESP, 108: SAType.IPCOMP}
-_MODES = {Mode.ANY: Mode.TRANSPORT, Mode.TRANSPORT: Mode.TRANSPORT, Mode.TUNNEL: Mode.TUNNEL, Mode.BEET: Mode.BEET}
+_MODES = {0: Mode.TRANSPORT, 1: Mode.TRANSPORT, 2: Mode.TUNNEL, 3: Mode.BEET}
 _FLAGS = 0x20000000 | 0x40000000 | 0x80000000
 _AUTHENTICATION_MAXIMUM, _ENCRYPTION_MAXIMUM, _COMPRESSION_MAXIMUM = 251, 253, 4
 _NULL_AUTHENTICATION, _NULL_ENCRYPTION = 251, 11
@@ -67,7 +67,7 @@ def _sa2(kernel: EmbeddedKernel, request: Request) -> tuple[int, int]:
     mode, reqid = kernel.wire.read_sa2(request.raw(X.SA2))
     if mode not in _MODES:
         raise RefusedError("EINVAL")
-    return _MODES[Mode(mode)], reqid
+    return _MODES[mode], reqid
 
 
 # What a message about an SA holds.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["migrate"]
 
 _KMADDRESS = X.KMADDRESS & 0xFF
-_MODES = {Mode.ANY: Mode.TRANSPORT, Mode.TRANSPORT: Mode.TRANSPORT, Mode.TUNNEL: Mode.TUNNEL, Mode.BEET: Mode.BEET}
+_MODES = {0: Mode.TRANSPORT, 1: Mode.TRANSPORT, 2: Mode.TUNNEL, 3: Mode.BEET}
 _MOST = 6
 
 
@@ -94,7 +94,7 @@ def _read_moves(kernel: EmbeddedKernel, data: bytes) -> list[_Move]:
         protocol, mode, _, reqid = shape
         if (protocol, mode, reqid) != (new_shape[0], new_shape[1], new_shape[3]) or mode not in _MODES:
             raise RefusedError("EINVAL")
-        moves.append(_Move(protocol & 0xFF, _MODES[Mode(mode)], reqid, old, new))
+        moves.append(_Move(protocol & 0xFF, _MODES[mode], reqid, old, new))
     if not moves or offset < len(data):
         raise RefusedError("EINVAL")
     if any(not end.address for move in moves for end in move.new):

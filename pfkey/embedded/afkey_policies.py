@@ -35,7 +35,7 @@ __all__ = [
 
 _SEC_CTX = X.SEC_CTX & 0xFF
 _PROTOCOLS = (50, 51, 108, 43, 60)  # ESP, AH, IPComp; with IPv6 routing and destination options headers
-_MODES = (Mode.ANY, Mode.TRANSPORT, Mode.TUNNEL, Mode.BEET)
+_MODES = {0: Mode.ANY, 1: Mode.TRANSPORT, 2: Mode.TUNNEL, 3: Mode.BEET}
 _MANUAL_REQIDS = 16383
 _UNLIMITED = 0xFFFFFFFFFFFFFFFF
 _OVERFLOW = 1 << 63
@@ -133,14 +133,14 @@ def _read_template(kernel: EmbeddedKernel, entry: Entry, raw: bytes) -> Template
     protocol &= 0xFF
     if mode == Mode.ANY or protocol not in _PROTOCOLS or mode not in _MODES:
         raise RefusedError("EINVAL")
-    if level == Level.USE and mode in (Mode.TUNNEL, Mode.BEET) and entry.direction == Direction.OUT:
+    if level == Level.USE and _MODES[mode] in (Mode.TUNNEL, Mode.BEET) and entry.direction == Direction.OUT:
         raise RefusedError("EINVAL")
     if level == Level.UNIQUE:
         reqid = reqid if 0 < reqid <= _MANUAL_REQIDS else _new_reqid(kernel)
     else:
         reqid, level = 0, Level.USE if level == Level.USE else Level.REQUIRE
     if mode != Mode.TUNNEL:
-        return Template(protocol, Mode(mode), None, None, reqid, Level(level))
+        return Template(protocol, _MODES[mode], None, None, reqid, Level(level))
     source = kernel.wire.endpoint(raw[16:])
     if source is None or len(raw) - 16 < len(pad8(bytes(2 * len(source.raw)))):
         raise RefusedError("EINVAL")

@@ -181,7 +181,7 @@ class Wire:
 
     def sa2(self, mode: int, reqid: int, sequence: int = 0) -> bytes:
         """SADB_X_EXT_SA2."""
-        return self._sa2.pack(2, ExtensionType.SA2, mode, sequence, reqid)
+        return self._sa2.pack(2, ExtensionType.SA2, mode & 0xFF, sequence, reqid)
 
     def key(self, kind: int, bits: int, data: bytes) -> bytes:
         """A key extension."""
@@ -198,8 +198,8 @@ class Wire:
     def request(self, size: int, protocol: int, mode: int, level: int, reqid: int) -> bytes:
         """The fixed part of an ipsecrequest that is `size` bytes long."""
         if self.abi.request_size == 16:
-            return self._request.pack(size, protocol, mode, level, 0, reqid, 0)
-        return self._request.pack(size, protocol, mode, level, reqid)
+            return self._request.pack(size, protocol, mode & 0xFF, level, 0, reqid, 0)
+        return self._request.pack(size, protocol, mode & 0xFF, level, reqid)
 
     def small(self, kind: int, body: bytes) -> bytes:
         """An extension of one word: four bytes of `body`."""
