@@ -81,9 +81,8 @@ static size_t sockaddr_length(struct reader *reader, const uint8_t *p, size_t ro
 	return length;
 }
 
-static int read_address(struct reader *reader, const uint8_t *p, size_t length, int which)
+static int parse_address(struct reader *reader, const uint8_t *p, size_t length, struct pfk_address *address)
 {
-	struct pfk_address *address = &reader->record->address[which];
 	size_t size;
 
 	if (length < 8 + PFK_SOCKADDR_IN)
@@ -109,6 +108,11 @@ static int read_address(struct reader *reader, const uint8_t *p, size_t length, 
 		memcpy(address->padding, p + 36, 4);
 	}
 	return 0;
+}
+
+static int read_address(struct reader *reader, const uint8_t *p, size_t length, int which)
+{
+	return parse_address(reader, p, length, &reader->record->address[which]);
 }
 
 static int read_key(struct reader *reader, const uint8_t *p, size_t length, int which)
@@ -188,28 +192,25 @@ static int read_replay(struct reader *reader, const uint8_t *p, size_t length, i
 	return 0;
 }
 
-/*
- * The two sockaddrs behind the head of a request: none, or a pair of one family, packed.  What follows them is padding,
- * of which kernels accept any amount.
- */
-static int check_request_addresses(struct reader *reader, const uint8_t *p, size_t length)
+/* Two sockaddrs of one family, packed, and what follows them; the length of one, or 0 and a fault. */
+static size_t sockaddr_pair(struct reader *reader, const uint8_t *p, size_t length)
 {
 	uint8_t first, second;
-	size_t size;
+	size_t size = sockaddr_length(reader, p, length, &first);
 
-	if (length == 0)
+	if (size == 0 || sockaddr_length(reader, p + size, length - size, &second) == 0)
 		return 0;
-	size = sockaddr_length(reader, p, length, &first);
-	if (size == 0)
-		return (int)reader->fault->reason;
-	if (sockaddr_length(reader, p + size, length - size, &second) == 0)
-		return (int)reader->fault->reason;
-	if (first != second)
-		return fail(reader, PFK_REQUEST_FAMILIES, p + size);
-	return 0;
+	if (first != second) {
+		fail(reader, PFK_FAMILIES, p + size);
+		return 0;
+	}
+	return size;
 }
 
-/* Request lengths are in bytes on every system, whatever the headers say. */
+/*
+ * Request lengths are in bytes on every system, whatever the headers say.  Behind the head of a request there is nothing,
+ * or a pair of sockaddrs and padding, of which kernels accept any amount.
+ */
 static int check_requests(struct reader *reader, const uint8_t *p, size_t length)
 {
 	size_t head = reader->abi->request_size;
@@ -217,15 +218,13 @@ static int check_requests(struct reader *reader, const uint8_t *p, size_t length
 	/* Linux 6.1 ignores what is left when it is shorter than a request, and echoes it. */
 	while (length >= head) {
 		size_t size = get16(reader->abi, p);
-		int reason;
 
 		if (size < head)
 			return fail(reader, PFK_REQUEST_TOO_SHORT, p);
 		if (size > length)
 			return fail(reader, PFK_REQUEST_PAST_END, p);
-		reason = check_request_addresses(reader, p + head, size - head);
-		if (reason)
-			return reason;
+		if (size > head && sockaddr_pair(reader, p + head, size - head) == 0)
+			return (int)reader->fault->reason;
 		p += size;
 		length -= size;
 	}
@@ -248,6 +247,81 @@ static int read_policy(struct reader *reader, const uint8_t *p, size_t length, i
 	return check_requests(reader, p + 16, length - 16);
 }
 
+/* What is rare is only checked. */
+
+static int check_address(struct reader *reader, const uint8_t *p, size_t length, int which)
+{
+	struct pfk_address address;
+
+	(void)which;
+	return parse_address(reader, p, length, &address);
+}
+
+/* An extension of one size. */
+static int check_size(struct reader *reader, const uint8_t *p, size_t length, int size)
+{
+	return length == (size_t)size ? 0 : fail(reader, PFK_WRONG_SIZE, p);
+}
+
+/* An extension that has a head of one size and anything behind it. */
+static int check_head(struct reader *reader, const uint8_t *p, size_t length, int size)
+{
+	return length >= (size_t)size ? 0 : fail(reader, PFK_WRONG_SIZE, p);
+}
+
+static int check_sensitivity(struct reader *reader, const uint8_t *p, size_t length, int head)
+{
+	if (check_head(reader, p, length, head))
+		return PFK_WRONG_SIZE;
+	/* The lengths of the two bitmaps are in words. */
+	return length == (size_t)head + PFK_WORD * ((size_t)p[9] + p[11]) ? 0 : fail(reader, PFK_BAD_COUNT, p + 9);
+}
+
+static int check_proposal(struct reader *reader, const uint8_t *p, size_t length, int head)
+{
+	return (length - (size_t)head) % PFK_COMBINATION == 0 ? 0 : fail(reader, PFK_WRONG_SIZE, p);
+}
+
+static int check_sec_ctx(struct reader *reader, const uint8_t *p, size_t length, int head)
+{
+	size_t context = get16(reader->abi, p + 6);
+
+	return length == ((size_t)head + context + 7) / PFK_WORD * PFK_WORD ? 0 : fail(reader, PFK_BAD_COUNT, p + 6);
+}
+
+static int check_kmaddress(struct reader *reader, const uint8_t *p, size_t length, int head)
+{
+	size_t size = sockaddr_pair(reader, p + head, length - (size_t)head);
+
+	if (size == 0)
+		return (int)reader->fault->reason;
+	return length == ((size_t)head + 2 * size + 7) / PFK_WORD * PFK_WORD ? 0 : fail(reader, PFK_WRONG_SIZE, p);
+}
+
+static int check_filter(struct reader *reader, const uint8_t *p, size_t length, int size)
+{
+	unsigned family, bits;
+
+	if (check_size(reader, p, length, size))
+		return PFK_WRONG_SIZE;
+	family = get16(reader->abi, p + 36);
+	if (family != reader->abi->af_inet && family != reader->abi->af_inet6)
+		return fail(reader, PFK_BAD_FAMILY, p + 36);
+	bits = family == reader->abi->af_inet ? 32 : 128;
+	if (p[38] > bits || p[39] > bits)
+		return fail(reader, PFK_BAD_PREFIX, p + (p[38] > bits ? 38 : 39));
+	return 0;
+}
+
+static int check_sastat(struct reader *reader, const uint8_t *p, size_t length, int head)
+{
+	if (check_head(reader, p, length, head))
+		return PFK_WRONG_SIZE;
+	return length - (size_t)head == (uint64_t)get32(reader->abi, p + 12) * PFK_SASTAT_ENTRY
+		       ? 0 : fail(reader, PFK_BAD_COUNT, p + 12);
+}
+
+/* One reader for each slot; `which` is its place among several alike, or a size in bytes. */
 static const struct {
 	int (*read)(struct reader *reader, const uint8_t *p, size_t length, int which);
 	int which;
@@ -272,6 +346,18 @@ static const struct {
 	[PFK_NAT_T_DPORT] = { read_nat_t_port, 1 },
 	[PFK_POLICY] = { read_policy, 0 },
 	[PFK_SA_REPLAY] = { read_replay, 0 },
+	[PFK_CHECK_ADDRESS] = { check_address, 0 },
+	[PFK_CHECK_LIFETIME] = { check_size, 32 },
+	[PFK_CHECK_WORD] = { check_size, 8 },
+	[PFK_CHECK_IDENTITY] = { check_head, 16 },
+	[PFK_CHECK_SENSITIVITY] = { check_sensitivity, 16 },
+	[PFK_CHECK_PROPOSAL] = { check_proposal, 8 },
+	[PFK_CHECK_SEC_CTX] = { check_sec_ctx, 8 },
+	[PFK_CHECK_KMADDRESS] = { check_kmaddress, 8 },
+	[PFK_CHECK_FILTER] = { check_filter, 40 },
+	[PFK_CHECK_OFFLOAD] = { check_size, 40 },
+	[PFK_CHECK_SESSION_ID] = { check_size, 24 },
+	[PFK_CHECK_SASTAT] = { check_sastat, 16 },
 };
 
 static int seen_before(const struct reader *reader, uint64_t *known, unsigned type)
@@ -301,8 +387,11 @@ static int read_extension(struct reader *reader, const uint8_t *p, size_t length
 	if (slot == PFK_RAW || slot >= PFK_SLOTS)
 		return 0;
 	reason = readers[slot].read(reader, p, length, readers[slot].which);
-	if (reason == 0)
-		record->present |= (uint32_t)1 << slot;
+	if (reason == 0) {
+		record->valid |= (uint64_t)1 << (record->count - 1);
+		if (slot < PFK_CHECK_ADDRESS)
+			record->present |= (uint32_t)1 << slot;
+	}
 	/* An echo of what was rejected may hold anything: it is kept as it is. */
 	return record->error ? 0 : reason;
 }

@@ -231,7 +231,7 @@ static int write_policy(struct writer *writer, unsigned type, int which)
 static const struct {
 	int (*write)(struct writer *writer, unsigned type, int which);
 	int which;
-} writers[PFK_SLOTS] = {
+} writers[PFK_CHECK_ADDRESS] = {
 	[PFK_SA] = { write_sa, 0 },
 	[PFK_LIFETIME_CURRENT] = { write_lifetime, 0 },
 	[PFK_LIFETIME_HARD] = { write_lifetime, 1 },
@@ -282,7 +282,7 @@ static int write_extension(struct writer *writer, uint32_t offset)
 	type = get16(writer->abi, from + 2);
 	writer->fault->extension = type;
 	slot = type < PFK_EXTENSION_NUMBERS ? writer->abi->slot[type] : PFK_RAW;
-	if (slot != PFK_RAW && slot < PFK_SLOTS && writer->record->present >> slot & 1)
+	if (slot != PFK_RAW && slot < PFK_CHECK_ADDRESS && writer->record->present >> slot & 1)
 		return writers[slot].write(writer, type, writers[slot].which);
 	header.length = (uint32_t)get16(writer->abi, from) * PFK_WORD;
 	return write_raw(writer, type, header);
@@ -371,7 +371,8 @@ static const char *const reasons[PFK_REASONS] = {
 	[PFK_KEY_TOO_SHORT] = "the key has more bits than its extension holds",
 	[PFK_REQUEST_TOO_SHORT] = "a policy request is shorter than its head",
 	[PFK_REQUEST_PAST_END] = "a policy request goes on past the end of its extension",
-	[PFK_REQUEST_FAMILIES] = "the two addresses of a policy request are of different families",
+	[PFK_FAMILIES] = "the two addresses of a pair are of different families",
+	[PFK_BAD_COUNT] = "the lengths inside the extension do not add up to its size",
 	[PFK_NO_SPACE] = "it is longer than its length field can say",
 	[PFK_BAD_PART] = "a variable part lies outside what was given",
 };

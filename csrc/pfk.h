@@ -36,6 +36,19 @@ enum pfk_slot {
 	PFK_NAT_T_DPORT,
 	PFK_POLICY,
 	PFK_SA_REPLAY,
+	/* What follows is rare: its content is checked and stays where it is, the record holds nothing of it. */
+	PFK_CHECK_ADDRESS,
+	PFK_CHECK_LIFETIME,
+	PFK_CHECK_WORD,			/* 8 bytes */
+	PFK_CHECK_IDENTITY,
+	PFK_CHECK_SENSITIVITY,
+	PFK_CHECK_PROPOSAL,
+	PFK_CHECK_SEC_CTX,
+	PFK_CHECK_KMADDRESS,
+	PFK_CHECK_FILTER,
+	PFK_CHECK_OFFLOAD,
+	PFK_CHECK_SESSION_ID,
+	PFK_CHECK_SASTAT,
 	PFK_SLOTS
 };
 
@@ -99,6 +112,7 @@ struct pfk_record {
 	uint16_t count;			/* extensions */
 	uint16_t words;			/* of the message as received */
 	uint16_t offset[PFK_MAX_EXTENSIONS];	/* of each extension, in words */
+	uint64_t valid;			/* bit n: the nth extension has a slot and keeps the rules of its type */
 
 	struct pfk_lifetime lifetime[3];	/* current, hard, soft */
 	struct pfk_address address[5];		/* src, dst, proxy, new src, new dst */
@@ -149,7 +163,8 @@ enum pfk_reason {
 	PFK_KEY_TOO_SHORT,
 	PFK_REQUEST_TOO_SHORT,
 	PFK_REQUEST_PAST_END,
-	PFK_REQUEST_FAMILIES,
+	PFK_FAMILIES,
+	PFK_BAD_COUNT,
 	PFK_NO_SPACE,
 	PFK_BAD_PART,
 	PFK_REASONS

@@ -8,6 +8,8 @@
 #define PFK_WORD 8u
 #define PFK_SOCKADDR_IN 16u
 #define PFK_SOCKADDR_IN6 28u
+#define PFK_COMBINATION 72u	/* sizeof(struct sadb_comb) */
+#define PFK_SASTAT_ENTRY 40u	/* sizeof(struct sastat), macOS */
 
 static inline uint16_t get16(const struct pfk_abi *abi, const uint8_t *p)
 {

@@ -29,6 +29,7 @@ __all__ = [
     "SLOTS",
     "SPIRANGE",
     "SUPPORTED",
+    "VALID",
     "Group",
 ]
 
@@ -58,31 +59,32 @@ class Group:
 HEADER = Group("version", 0, "4B2H2I")  # version type errno satype, length reserved, seq pid
 COUNTS = Group("present", 16, "I2H")  # present, count words
 OFFSETS = Group("offset", 24, f"{MAXIMUM_EXTENSIONS}H")
-LIFETIME = Group("lifetime", 120, "3Q2I")  # bytes addtime usetime, allocations -
+VALID = Group("valid", 120, "Q")  # bit n: the nth extension has a slot and keeps its rules
+LIFETIME = Group("lifetime", 128, "3Q2I")  # bytes addtime usetime, allocations -
 ADDRESS = Group(
-    "address", 216, "BBHHBBII16s8s"
+    "address", 224, "BBHHBBII16s8s"
 )  # protocol prefix reserved port version - flowinfo scope, bytes padding
-KEY = Group("key", 416, "2H2I")  # bits reserved, offset length
-SUPPORTED = Group("supported", 440, "3I")  # reserved, offset length
-SA = Group("sa_spi", 464, "I4BI")  # spi, replay state auth encrypt, flags
-SA2 = Group("sa2_mode", 476, "BBH2I")  # mode reserved reserved, sequence reqid
-SPIRANGE = Group("spirange_min", 488, "3I")  # minimum maximum reserved
-NAT_T_TYPE = Group("nat_t_type", 500, "B3s")  # type, reserved
-NAT_T_PORT = Group("nat_t_port", 504, "2H")  # port reserved
-POLICY = Group("policy_type", 512, "HBB4I")  # type direction scope, id priority, offset length
-REPLAY = Group("replay", 532, "I")
-BODY = Group("body", 536, "2I")  # offset length
-SIZE = 544
+KEY = Group("key", 424, "2H2I")  # bits reserved, offset length
+SUPPORTED = Group("supported", 448, "3I")  # reserved, offset length
+SA = Group("sa_spi", 472, "I4BI")  # spi, replay state auth encrypt, flags
+SA2 = Group("sa2_mode", 484, "BBH2I")  # mode reserved reserved, sequence reqid
+SPIRANGE = Group("spirange_min", 496, "3I")  # minimum maximum reserved
+NAT_T_TYPE = Group("nat_t_type", 508, "B3s")  # type, reserved
+NAT_T_PORT = Group("nat_t_port", 512, "2H")  # port reserved
+POLICY = Group("policy_type", 520, "HBB4I")  # type direction scope, id priority, offset length
+REPLAY = Group("replay", 540, "I")
+BODY = Group("body", 544, "2I")  # offset length
+SIZE = 552
 
 
 class Slot(NamedTuple):
-    """Where the core keeps an extension: the bit in `present`, and which of several alike it is."""
+    """Where the core keeps an extension: its number, and which of several alike it is."""
 
     number: int
     which: int
 
 
-# enum pfk_slot; the position in each group of what occurs several times.
+# enum pfk_slot; the position in each group of what occurs several times.  The number is the bit in `present`.
 SLOTS = {
     ExtensionType.SA: Slot(1, 0),
     ExtensionType.LIFETIME_CURRENT: Slot(2, 0),

@@ -9,6 +9,7 @@ from struct import Struct
 from typing import Any, NamedTuple, cast
 
 from . import _record as layout
+from ._rare import RareValue
 from .abi import Abi
 from .constants import Action, Direction, ExtensionType, Level, Mode, PolicyScope, SAFlag, SAProtocol, SAState
 from .errors import EncodeError
@@ -16,7 +17,7 @@ from .messages import SA, SA2, Address, Algorithm, IPAddress, Key, Lifetime, Pol
 
 __all__ = ["VALUES", "Blob", "Value", "enum_or_int", "flags_of", "wire_mode"]
 
-Value = SA | SA2 | Address | Key | Lifetime | PolicyExtension | SPIRange | tuple[Algorithm, ...] | int | bytes
+Value = SA | SA2 | Key | PolicyExtension | SPIRange | tuple[Algorithm, ...] | RareValue | bytes
 
 
 def _table(kind: type[Any]) -> dict[int, Any]:

@@ -9,6 +9,7 @@ from typing import Any, cast, overload
 
 from . import _record as layout
 from ._core import ffi, lib
+from ._rare import RARE
 from ._values import VALUES, Blob, Value, enum_or_int
 from .abi import Abi
 from .constants import PF_KEY_V2, ExtensionType, MessageType, Mode, SAState, SAType
@@ -52,9 +53,10 @@ def _core_abi(abi: Abi) -> Any:
     core.request_size = abi.request_size
     core.af_inet = abi.af_inet
     core.af_inet6 = abi.af_inet6
-    for kind, slot in layout.SLOTS.items():
-        if kind in abi.extension_numbers:
-            core.slot[abi.extension_numbers[kind]] = slot.number
+    slots: dict[ExtensionType, int] = {kind: slot.number for kind, slot in layout.SLOTS.items()}
+    slots |= {kind: form.slot for kind, form in RARE.items()}
+    for kind, number in abi.extension_numbers.items():
+        core.slot[number] = slots.get(kind, 0)
     _core_abis[id(abi)] = (core, abi)
     return core
 
@@ -64,7 +66,8 @@ class Message:
 
     `extensions` maps what each extension is (or its number, where this Abi does not know it) to its value: SA, SA2,
     Lifetime, Address, Key, SPIRange, PolicyExtension, a tuple of Algorithm for the supported ones, an int for NAT-T
-    type and ports and for the replay window; bytes, everything behind its 4-byte header, for every other.  Bytes are
+    type and ports and for the replay window; for the rarer ones what `pfkey.extensions` has; bytes, everything behind
+    its 4-byte header, for what this Abi does not know, KMPRIVATE and macOS's IPSECIF and MIGRATE_IPSECIF.  Bytes are
     accepted for any extension when a message is built; they are padded to a multiple of 8 and not checked.
 
     Messages do not change.  Values are made when they are first asked for.
@@ -96,12 +99,14 @@ class Message:
         blob = Blob(abi)
         if len(extensions) > layout.MAXIMUM_EXTENSIONS:
             raise EncodeError(f"{len(extensions)} extensions; at most {layout.MAXIMUM_EXTENSIONS} fit")
-        present = 0
+        present = valid = 0
         offsets = [0] * layout.MAXIMUM_EXTENSIONS
         for position, (kind, value) in enumerate(extensions.items()):
-            offsets[position], bit = _put(kind, value, record, blob)
-            present |= bit
+            offsets[position], slot = _put(kind, value, record, blob)
+            present |= 1 << slot if slot > 0 else 0
+            valid |= 1 << position if slot else 0
         layout.COUNTS.write(record, 0, present, len(extensions), 0)
+        layout.VALID.write(record, 0, valid)
         layout.OFFSETS.write(record, 0, *offsets)
         self._fill(abi, bytes(record), bytes(blob.data))
 
@@ -169,7 +174,10 @@ class Message:
         """What it carries, in the order of the wire."""
         if self._cache is None:
             known = self.abi.extensions
-            values = {known.get(number, number): self._value(number, offset) for number, offset in self._walk()}
+            values = {
+                known.get(number, number): self._value(number, offset, position)
+                for position, (number, offset) in enumerate(self._walk())
+            }
             object.__setattr__(self, "_cache", MappingProxyType(values))
         return cast("Mapping[ExtensionType | int, Value]", self._cache)
 
@@ -179,9 +187,9 @@ class Message:
         if slot is not None and self._present >> slot.number & 1:
             return VALUES[cast("ExtensionType", kind)].read(self._record, self._data, self.abi, slot.which)
         wanted = self._number(kind)
-        for number, offset in self._walk():
+        for position, (number, offset) in enumerate(self._walk()):
             if number == wanted:
-                return self._value(number, offset)
+                return self._value(number, offset, position)
         return None
 
     def __contains__(self, kind: object) -> bool:
@@ -298,12 +306,14 @@ class Message:
     def _words(self, offset: int) -> int:
         return int.from_bytes(self._data[8 * offset : 8 * offset + 2], self.abi.byteorder)
 
-    def _value(self, number: int, offset: int) -> Value:
+    def _value(self, number: int, offset: int, position: int) -> Value:
         kind = self.abi.extensions.get(number)
-        slot = layout.SLOTS.get(kind) if kind is not None else None
-        if kind is not None and slot is not None and self._present >> slot.number & 1:
-            return VALUES[kind].read(self._record, self._data, self.abi, slot.which)
-        return self._data[8 * offset + 4 : 8 * offset + 8 * self._words(offset)]
+        content = self._data[8 * offset : 8 * offset + 8 * self._words(offset)]
+        if kind is None or not layout.VALID.read(self._record)[0] >> position & 1:  # type: ignore[operator]
+            return content[4:]
+        if kind in RARE:
+            return RARE[kind].read(content, self.abi)
+        return VALUES[kind].read(self._record, self._data, self.abi, layout.SLOTS[kind].which)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Message):
@@ -342,8 +352,11 @@ def _pack_header(record: bytearray, *fields: int | bytes) -> None:
         raise EncodeError(f"a number does not fit its field of the header ({shown}): {error}") from None
 
 
+_RARE_SLOT = -1
+
+
 def _put(kind: ExtensionType | int, value: Value, record: bytearray, blob: Blob) -> tuple[int, int]:
-    """Write one extension to the record and the blob; its offset in words, and its bit in `present`."""
+    """Write one extension to the record and the blob; its offset in words, and its slot (0: raw, -1: a rare one)."""
     abi = blob.abi
     if isinstance(kind, ExtensionType):
         if kind not in abi.extension_numbers:
@@ -358,17 +371,21 @@ def _put(kind: ExtensionType | int, value: Value, record: bytearray, blob: Blob)
         return blob.raw(number, bytes(value)), 0
     name = kind.name if isinstance(kind, ExtensionType) else str(kind)
     form = VALUES.get(cast("ExtensionType", kind))
-    if form is None:
+    rare = RARE.get(cast("ExtensionType", kind))
+    wanted = form.type if form else rare.type if rare else None
+    if wanted is None:
         raise EncodeError(f"extension {name} takes bytes (what follows its 4-byte header), not {type(value).__name__}")
-    if not isinstance(value, form.type):
+    if not isinstance(value, wanted):
         raise EncodeError(f"extension {name} does not take a {type(value).__name__}")
-    slot = layout.SLOTS[cast("ExtensionType", kind)]
-    offset = blob.begin(number)
     try:
-        form.write(value, record, blob, slot.which)
-    except struct.error as error:
+        if rare is not None:
+            return blob.raw(number, rare.write(value, abi)), _RARE_SLOT
+        slot = layout.SLOTS[cast("ExtensionType", kind)]
+        offset = blob.begin(number)
+        cast("Any", form).write(value, record, blob, slot.which)
+    except (struct.error, OverflowError) as error:
         raise EncodeError(f"a number in {value!r} does not fit its field of {name}: {error}") from None
-    return offset, 1 << slot.number
+    return offset, slot.number
 
 
 def encode(message: Message) -> bytes:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from wire import EVERYTHING, FREEBSD, LINUX, Recorded
+from wire import EVERYTHING, Recorded
+from wire_case import FREEBSD, LINUX
 
 from pfkey import DecodeError, decode, decode_many, encode
 

@@ -29,6 +29,7 @@ from pfkey import (
 )
 from pfkey.constants import SAState, SAType
 from pfkey.embedded import EmbeddedChannel, EmbeddedKernel, Verdict
+from pfkey.extensions import Proposal
 from pfkey.messages import SA2, Address, PolicyExtension
 from pfkey.typed import association_message, policy_message
 
@@ -227,7 +228,7 @@ def test_a_missing_sa_is_asked_for_once(client: Client) -> None:
     assert message.source == Address(SA.source, 32, 0 if linux else 255)
     assert message.destination == Address(SA.destination, 32, 0 if linux else 255)
     assert message.sa2 == (None if linux else SA2(Mode.TUNNEL, 0, 7))
-    assert message.get(ExtensionType.PROPOSAL) == bytes((32, 0, 0, 0))
+    assert message.get(ExtensionType.PROPOSAL) == Proposal(32)
     assert client.received(deaf) == []
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from pfkey import _record as layout
 from pfkey._core import ffi, lib
+from pfkey._rare import RARE
 
 GROUPS = [value for value in vars(layout).values() if isinstance(value, layout.Group)]
 
@@ -34,7 +35,9 @@ def test_sizes_of_what_occurs_several_times(name: str) -> None:
 def test_slots() -> None:
     for kind, slot in layout.SLOTS.items():
         assert getattr(lib, f"PFK_{kind.name}") == slot.number
-    assert len(layout.SLOTS) == lib.PFK_SLOTS - 1
+    assert len(layout.SLOTS) == lib.PFK_CHECK_ADDRESS - 1
+    assert {form.slot for form in RARE.values()} == set(range(lib.PFK_CHECK_ADDRESS, lib.PFK_SLOTS))
+    assert RARE.keys() & layout.SLOTS.keys() == set()
     assert lib.PFK_MAX_EXTENSIONS == layout.MAXIMUM_EXTENSIONS
 
 

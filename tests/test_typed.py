@@ -7,7 +7,8 @@ from dataclasses import replace
 from ipaddress import ip_address, ip_interface
 
 import pytest
-from wire import FREEBSD, LINUX, RECORDED
+from wire import RECORDED
+from wire_case import FREEBSD, LINUX
 
 from pfkey import (
     Abi,

@@ -6,11 +6,12 @@ The encoder, the decoder and the damage tests use the same table; so do the byte
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple
+
+from wire_case import FREEBSD, LINUX, ME, PEER, case
+from wire_rare import RARE_CASES
 
 from pfkey import (
     Abi,
@@ -19,7 +20,6 @@ from pfkey import (
     ExtensionType,
     Level,
     Lifetime,
-    Message,
     MessageType,
     Mode,
     SAProtocol,
@@ -29,37 +29,6 @@ from pfkey.constants import SAFlag, SAState, SAType
 from pfkey.messages import SA, SA2, Address, Algorithm, Key, PolicyExtension, SPIRange
 
 X = ExtensionType
-LINUX, FREEBSD = Abi.linux("little"), Abi.freebsd(12, "little")
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    abi: Abi
-    hex: str
-    type: MessageType | int
-    extensions: Mapping[ExtensionType | int, object]
-    header: Mapping[str, int]
-
-    def __str__(self) -> str:
-        return self.name
-
-    @property
-    def data(self) -> bytes:
-        return bytes.fromhex(self.hex)
-
-    @property
-    def message(self) -> Message:
-        return Message(self.type, self.extensions, abi=self.abi, **self.header)  # type: ignore[arg-type]
-
-
-def case(
-    name: str, abi: Abi, hex: str, type: int, extensions: Mapping[ExtensionType | int, object], **header: int
-) -> Case:
-    return Case(name, abi, "".join(hex.split()), type, extensions, header)
-
-
-ME, PEER = ip_address("192.0.2.1"), ip_address("198.51.100.1")
 SOURCE, DESTINATION = Address(ip_address("10.1.0.0"), 16, 255), Address(ip_address("10.2.0.0"), 16, 255)
 SITE: dict[ExtensionType | int, object] = {X.ADDRESS_SRC: SOURCE, X.ADDRESS_DST: DESTINATION}
 SITE_HEX = """03000500ff100000 020000000a010000 0000000000000000 03000600ff100000 020000000a020000 0000000000000000"""
@@ -240,14 +209,8 @@ CASES = (
         {60: bytes(range(1, 13)), X.SA2: SA2(Mode.TRANSPORT), 0x7FFF: bytes.fromhex("deadbeef")},
         satype=SAType.ESP,
     ),
-    case(
-        "a context and a filter come raw",
-        LINUX,
-        "020e000004000000 0000000000000000 0200180001010400 6162636400000000",
-        MessageType.SPDADD,
-        {X.SEC_CTX: bytes.fromhex("01010400616263640000 0000")},
-    ),
     case("types that nobody knows", FREEBSD, "02c8004d02000000 0100000002000000", 200, {}, satype=77, seq=1, pid=2),
+    *RARE_CASES,
 )
 
 
@@ -292,7 +255,25 @@ _FIELDS: dict[ExtensionType, tuple[tuple[int, int], ...]] = {
     X.POLICY: ((4, 2), (8, 4), (12, 4)),
     X.SA_REPLAY: ((4, 4),),
     X.ADDRESS_SRC: ((6, 2),),
+    X.IDENTITY_SRC: ((4, 2), (6, 2), (8, 8)),
+    X.SENSITIVITY: ((4, 4), (12, 4)),
+    X.PROPOSAL: (),
+    X.NAT_T_FRAG: ((4, 2), (6, 2)),
+    X.SEC_CTX: ((6, 2),),
+    X.KMADDRESS: ((4, 4),),
+    X.FILTER: ((36, 2),),
+    X.HARDWARE_OFFLOAD: ((4, 4),),
+    X.SESSION_ID: ((8, 8), (16, 8)),
+    X.SASTAT: ((4, 4), (8, 4), (12, 4)),
 }
+# What repeats behind the head of an extension: where it begins, how long one is, its fields.
+_ROWS: dict[ExtensionType, tuple[int, int, tuple[tuple[int, int], ...]]] = {
+    X.SUPPORTED_AUTH: (8, 8, ((2, 2), (4, 2), (6, 2))),
+    X.SENSITIVITY: (16, 8, ((0, 8),)),
+    X.PROPOSAL: (8, 72, (*((at, 2) for at in range(2, 12, 2)), *((at, 4) for at in (12, 16, 20)),
+                         *((at, 8) for at in range(24, 72, 8)))),
+    X.SASTAT: (16, 40, ((4, 4), (8, 2), (10, 2), (12, 4), (16, 8), (24, 8), (32, 8))),
+}  # fmt: skip
 _LIKE = {
     X.LIFETIME_HARD: X.LIFETIME_CURRENT,
     X.LIFETIME_SOFT: X.LIFETIME_CURRENT,
@@ -303,6 +284,10 @@ _LIKE = {
     X.ADDRESS_PROXY: X.ADDRESS_SRC,
     X.NEW_ADDRESS_SRC: X.ADDRESS_SRC,
     X.NEW_ADDRESS_DST: X.ADDRESS_SRC,
+    X.IDENTITY_DST: X.IDENTITY_SRC,
+    X.LIFETIME_CURRENT_SOFTWARE: X.LIFETIME_CURRENT,
+    X.LIFETIME_CURRENT_HARDWARE: X.LIFETIME_CURRENT,
+    **{kind: X.ADDRESS_SRC for kind in X if kind.name.startswith(("NAT_T_OA", "ADDRESS_RANGE", "MIGRATE_ADDRESS"))},
 }
 
 
@@ -331,9 +316,12 @@ def mirrored(data: bytes, abi: Abi) -> bytes:
             turn(at, _FIELDS.get(kind, ()))
         if kind is X.ADDRESS_SRC:
             turn_sockaddr(at + 8)
-        elif kind is X.SUPPORTED_AUTH:
-            for row in range(at + 8, at + size, 8):
-                turn(row, ((2, 2), (4, 2), (6, 2)))
+        elif kind is X.KMADDRESS:
+            turn_sockaddr(at + 8 + turn_sockaddr(at + 8))
+        elif kind in _ROWS:
+            first, length, fields = _ROWS[kind]
+            for row in range(at + first, at + size, length):
+                turn(row, fields)
         elif kind is X.POLICY:
             start = at + 16
             while start < at + size:
