@@ -35,8 +35,8 @@ class Command:
     arguments: Callable[[argparse.ArgumentParser], None]
     run: str
     """"module:function" in this package; the function takes the parsed arguments and returns the exit code."""
-    kernel: str = "native"
-    """The kernel when neither --kernel nor PFKEY_KERNEL says."""
+    kernel: str | None = "native"
+    """The kernel when neither --kernel nor PFKEY_KERNEL says; None for a command that speaks to none."""
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +46,14 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 def _dump_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policies", action="store_true", help="the policies (SPD) instead of the SAs (SAD)")
     parser.add_argument("--show-keys", action="store_true", help="show the keys of the SAs")
+
+
+def _decode_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "input", nargs="*", metavar="INPUT", help="a file, hex digits, or - for stdin (default: -)", default=["-"]
+    )
+    parser.add_argument("--abi", metavar="NAME", help="linux, freebsd-RELEASE, netbsd or macos, with -big or -little")
+    parser.add_argument("--show-keys", action="store_true", help="show the keys of SAs")
 
 
 COMMANDS = (
@@ -65,6 +73,16 @@ COMMANDS = (
         "One record per line, prefix lengths always printed, keys hidden.",
         _dump_arguments,
         "show:run",
+    ),
+    Command(
+        "decode",
+        "show messages byte by byte",
+        "Each field of each message: its offset, its bytes, the name that the system's headers give it, its value and"
+        " what that means.  The input is hex or binary, one message or a stream of them.  The system is guessed when"
+        " the bytes leave no doubt.",
+        _decode_arguments,
+        "hexdump:run",
+        kernel=None,
     ),
 )
 
@@ -104,7 +122,8 @@ def _abandon_output() -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     command: Command = arguments.command
-    arguments.kernel = arguments.kernel or os.environ.get("PFKEY_KERNEL") or command.kernel
+    if command.kernel is not None:
+        arguments.kernel = arguments.kernel or os.environ.get("PFKEY_KERNEL") or command.kernel
     module, _, function = command.run.partition(":")
     run: Callable[[argparse.Namespace], int] = getattr(importlib.import_module(f".{module}", __package__), function)
     code = run(arguments)
@@ -115,12 +134,14 @@ def _run(arguments: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    common.add_argument("--kernel", metavar="TARGET", help="native, or embedded:PROFILE, a kernel in this process")
+    kernel = argparse.ArgumentParser(add_help=False)
+    kernel.add_argument("--kernel", metavar="TARGET", help="native, or embedded:PROFILE, a kernel in this process")
     parser = argparse.ArgumentParser(
         prog="pfkey",
         description="PF_KEYv2: see and keep the IPsec policies and SAs of a kernel.",
         epilog="PFKEY_KERNEL names the kernel where --kernel does not."
-        "  Exit codes: 0 done, 1 the kernel refused something or the output could not be written, 2 usage,"
+        "  Exit codes: 0 done, 1 the kernel refused something, a message is damaged or the output"
+        " could not be written, 2 usage,"
         " 3 PF_KEY could not be opened.",
     )
     parser.add_argument("--version", action="version", version=f"pfkey {__version__}")
@@ -128,10 +149,10 @@ def _parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         sub = commands.add_parser(
             command.name,
-            parents=[common],
+            parents=[common, kernel] if command.kernel else [common],
             help=command.summary,
             description=command.description,
-            epilog=f"Without --kernel and PFKEY_KERNEL: {command.kernel}.",
+            epilog=f"Without --kernel and PFKEY_KERNEL: {command.kernel}." if command.kernel else None,
         )
         command.arguments(sub)
         sub.set_defaults(command=command)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from pfkey import Abi, Action, Direction, ExtensionType, Level, MessageType
+from pfkey import Abi, Action, Direction, ExtensionType, Level, MessageType, schema
 from pfkey._numbers import OPENBSD_EXTENSIONS, OPENBSD_MESSAGES
 from pfkey.constants import IdentityType, PolicyScope, SAFlag, SAState, SAType
 
@@ -157,6 +157,40 @@ def openbsd_numbers() -> Iterator[tuple[str, int]]:
     yield "SADB_MAX", max(OPENBSD_MESSAGES)
 
 
+# Structs and members that a system's public headers do not have, or spell differently.
+_SIZES = {
+    "sadb_msg": 16, "sadb_sa": 16, "sadb_lifetime": 32, "sadb_address": 8, "sadb_key": 8, "sadb_ident": 16,
+    "sadb_sens": 16, "sadb_prop": 8, "sadb_comb": 72, "sadb_supported": 8, "sadb_alg": 8, "sadb_spirange": 16,
+    "sadb_x_sa2": 16, "sadb_x_policy": 16, "sadb_x_nat_t_type": 8, "sadb_x_nat_t_port": 8, "sadb_x_nat_t_frag": 8,
+    "sadb_x_sa_replay": 8, "sadb_x_sec_ctx": 8, "sadb_x_kmaddress": 8, "sadb_x_filter": 40, "sadb_x_if_hw_offl": 40,
+    "sadb_session_id": 24, "sadb_sastat": 16, "sockaddr_in": 16, "sockaddr_in6": 28,
+}  # fmt: skip
+
+
+# macOS has an array of two where we have two names, and no name for what is before it.
+_MEMBERS = {
+    "sadb_session_id_handle": "sadb_session_id_v[0]",
+    "sadb_session_id_session": "sadb_session_id_v[1]",
+}
+_NAMELESS = {"sadb_session_id_reserved"}
+
+
+def layouts(abi: Abi) -> Iterator[tuple[str, str, int]]:
+    """(struct, member, offset in bytes) of everything that the schema declares; the member "" is for the size."""
+    for struct, body in schema.structures(abi).items():
+        size = abi.request_size if struct == "sadb_x_ipsecrequest" else _SIZES[struct]
+        yield struct, "", size
+        head = 4 if struct in {form.struct for form in schema.formats(abi).values()} else 0
+        for member, offset, _ in schema.fields(body):
+            if head + offset < size and member not in _NAMELESS:
+                yield struct, _MEMBERS.get(member, member), head + offset
+
+
+def layout_assertion(struct: str, member: str, number: int) -> str:
+    what = f"offsetof(struct {struct}, {member})" if member else f"sizeof(struct {struct})"
+    return f'_Static_assert({what} == {number}u, "{struct} {member}");'
+
+
 def source(system: System) -> str:
     """C that compiles when the headers of a system agree with our tables."""
     abi = system.abi
@@ -168,4 +202,7 @@ def source(system: System) -> str:
     checks = openbsd_numbers() if abi is None else numbers(abi)
     found = [*checks, *(policy_numbers(abi) if abi is not None and system.has_ipsec else ())]
     lines += [f'_Static_assert(({name}) == {number}u, "{name}");' for name, number in found]
+    if abi is not None:
+        lines.append("#include <netinet/in.h>")
+        lines += [layout_assertion(*one) for one in layouts(abi)]
     return "\n".join([*lines, ""])

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from headers import SYSTEMS, System, numbers, source
+from headers import SYSTEMS, System, layouts, numbers, source
 
 from pfkey import Abi
 
@@ -35,15 +35,22 @@ def test_our_tables_are_those_of_the_headers(system: System, tmp_path: Path) -> 
 
 
 def test_a_wrong_number_is_seen(tmp_path: Path) -> None:
-    """The control: one number off by one, and the compiler says which."""
+    """The control: a number and an offset that are not right, and the compiler says which."""
     file = tmp_path / "assertions.c"
     text = source(SYSTEMS[0])
-    assert "(SADB_X_EXT_NAT_T_FRAG) == 25u" in text
-    file.write_text(text.replace("(SADB_X_EXT_NAT_T_FRAG) == 25u", "(SADB_X_EXT_NAT_T_FRAG) == 26u"))
+    for right, wrong in (
+        ("(SADB_X_EXT_NAT_T_FRAG) == 25u", "(SADB_X_EXT_NAT_T_FRAG) == 26u"),
+        ("sadb_sa_flags) == 12u", "sadb_sa_flags) == 8u"),
+        ("sizeof(struct sadb_comb) == 72u", "sizeof(struct sadb_comb) == 64u"),
+    ):
+        assert right in text
+        text = text.replace(right, wrong)
+    file.write_text(text)
     compiled = compile_for(SYSTEMS[0].target, file, tmp_path)
     assert compiled.returncode != 0
-    assert compiled.stderr.count("error:") == 1
-    assert "SADB_X_EXT_NAT_T_FRAG" in compiled.stderr
+    assert compiled.stderr.count("error:") == 3
+    for name in ("SADB_X_EXT_NAT_T_FRAG", "sadb_sa_flags", "sadb_comb"):
+        assert name in compiled.stderr
 
 
 def test_every_number_is_asserted() -> None:
@@ -51,6 +58,7 @@ def test_every_number_is_asserted() -> None:
     for abi in (Abi.linux(), Abi.freebsd(15), Abi.netbsd(), Abi.macos()):
         checked = list(numbers(abi))
         assert len(checked) > len(abi.extensions) + len(abi.encryption) + len(abi.authentication)
+        assert len(list(layouts(abi))) > 80
 
 
 @pytest.mark.parametrize("target", [one.target for one in SYSTEMS if "bsd" in one.target and one.abi is not None])
