@@ -22,9 +22,6 @@ enum pfk_slot {
 	PFK_LIFETIME_SOFT,
 	PFK_ADDRESS_SRC,
 	PFK_ADDRESS_DST,
-	PFK_ADDRESS_PROXY,
-	PFK_NEW_ADDRESS_SRC,
-	PFK_NEW_ADDRESS_DST,
 	PFK_KEY_AUTH,
 	PFK_KEY_ENCRYPT,
 	PFK_SPIRANGE,
@@ -115,7 +112,7 @@ struct pfk_record {
 	uint64_t valid;			/* bit n: the nth extension has a slot and keeps the rules of its type */
 
 	struct pfk_lifetime lifetime[3];	/* current, hard, soft */
-	struct pfk_address address[5];		/* src, dst, proxy, new src, new dst */
+	struct pfk_address address[2];		/* src, dst */
 	struct pfk_key key[2];			/* authentication, encryption */
 	struct pfk_supported supported[2];	/* authentication, encryption */
 

@@ -237,27 +237,30 @@ class RareForm(NamedTuple):
     write: Callable[[Any, Abi], bytes]
 
 
-_ADDRESS = RareForm(21, Address, _read_address, _write_address)
-_LIFETIME = RareForm(22, Lifetime, _read_lifetime, _write_lifetime)
-_IDENTITY = RareForm(24, Identity, _read_identity, _write_identity)
+_ADDRESS = RareForm(18, Address, _read_address, _write_address)
+_LIFETIME = RareForm(19, Lifetime, _read_lifetime, _write_lifetime)
+_IDENTITY = RareForm(21, Identity, _read_identity, _write_identity)
 
 RARE = {
+    ExtensionType.ADDRESS_PROXY: _ADDRESS,
+    ExtensionType.NEW_ADDRESS_SRC: _ADDRESS,
+    ExtensionType.NEW_ADDRESS_DST: _ADDRESS,
     ExtensionType.IDENTITY_SRC: _IDENTITY,
     ExtensionType.IDENTITY_DST: _IDENTITY,
-    ExtensionType.SENSITIVITY: RareForm(25, Sensitivity, _read_sensitivity, _write_sensitivity),
-    ExtensionType.PROPOSAL: RareForm(26, Proposal, _read_proposal, _write_proposal),
+    ExtensionType.SENSITIVITY: RareForm(22, Sensitivity, _read_sensitivity, _write_sensitivity),
+    ExtensionType.PROPOSAL: RareForm(23, Proposal, _read_proposal, _write_proposal),
     ExtensionType.NAT_T_OA: _ADDRESS,
     ExtensionType.NAT_T_OAI: _ADDRESS,
     ExtensionType.NAT_T_OAR: _ADDRESS,
-    ExtensionType.NAT_T_FRAG: RareForm(23, int, _read_fragment, _write_fragment),
-    ExtensionType.SEC_CTX: RareForm(27, SecurityContext, _read_context, _write_context),
-    ExtensionType.KMADDRESS: RareForm(28, KMAddress, _read_kmaddress, _write_kmaddress),
-    ExtensionType.FILTER: RareForm(29, Filter, _read_filter, _write_filter),
+    ExtensionType.NAT_T_FRAG: RareForm(20, int, _read_fragment, _write_fragment),
+    ExtensionType.SEC_CTX: RareForm(24, SecurityContext, _read_context, _write_context),
+    ExtensionType.KMADDRESS: RareForm(25, KMAddress, _read_kmaddress, _write_kmaddress),
+    ExtensionType.FILTER: RareForm(26, Filter, _read_filter, _write_filter),
     ExtensionType.LIFETIME_CURRENT_SOFTWARE: _LIFETIME,
     ExtensionType.LIFETIME_CURRENT_HARDWARE: _LIFETIME,
-    ExtensionType.HARDWARE_OFFLOAD: RareForm(30, HardwareOffload, _read_offload, _write_offload),
-    ExtensionType.SESSION_ID: RareForm(31, SessionID, _read_session, _write_session),
-    ExtensionType.SASTAT: RareForm(32, SAStatistics, _read_statistics, _write_statistics),
+    ExtensionType.HARDWARE_OFFLOAD: RareForm(27, HardwareOffload, _read_offload, _write_offload),
+    ExtensionType.SESSION_ID: RareForm(28, SessionID, _read_session, _write_session),
+    ExtensionType.SASTAT: RareForm(29, SAStatistics, _read_statistics, _write_statistics),
     ExtensionType.ADDRESS_RANGE_SRC_START: _ADDRESS,
     ExtensionType.ADDRESS_RANGE_SRC_END: _ADDRESS,
     ExtensionType.ADDRESS_RANGE_DST_START: _ADDRESS,

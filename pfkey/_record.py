@@ -64,17 +64,17 @@ LIFETIME = Group("lifetime", 128, "3Q2I")  # bytes addtime usetime, allocations 
 ADDRESS = Group(
     "address", 224, "BBHHBBII16s8s"
 )  # protocol prefix reserved port version - flowinfo scope, bytes padding
-KEY = Group("key", 424, "2H2I")  # bits reserved, offset length
-SUPPORTED = Group("supported", 448, "3I")  # reserved, offset length
-SA = Group("sa_spi", 472, "I4BI")  # spi, replay state auth encrypt, flags
-SA2 = Group("sa2_mode", 484, "BBH2I")  # mode reserved reserved, sequence reqid
-SPIRANGE = Group("spirange_min", 496, "3I")  # minimum maximum reserved
-NAT_T_TYPE = Group("nat_t_type", 508, "B3s")  # type, reserved
-NAT_T_PORT = Group("nat_t_port", 512, "2H")  # port reserved
-POLICY = Group("policy_type", 520, "HBB4I")  # type direction scope, id priority, offset length
-REPLAY = Group("replay", 540, "I")
-BODY = Group("body", 544, "2I")  # offset length
-SIZE = 552
+KEY = Group("key", 304, "2H2I")  # bits reserved, offset length
+SUPPORTED = Group("supported", 328, "3I")  # reserved, offset length
+SA = Group("sa_spi", 352, "I4BI")  # spi, replay state auth encrypt, flags
+SA2 = Group("sa2_mode", 364, "BBH2I")  # mode reserved reserved, sequence reqid
+SPIRANGE = Group("spirange_min", 376, "3I")  # minimum maximum reserved
+NAT_T_TYPE = Group("nat_t_type", 388, "B3s")  # type, reserved
+NAT_T_PORT = Group("nat_t_port", 392, "2H")  # port reserved
+POLICY = Group("policy_type", 400, "HBB4I")  # type direction scope, id priority, offset length
+REPLAY = Group("replay", 420, "I")
+BODY = Group("body", 424, "2I")  # offset length
+SIZE = 432
 
 
 class Slot(NamedTuple):
@@ -92,18 +92,15 @@ SLOTS = {
     ExtensionType.LIFETIME_SOFT: Slot(4, 2),
     ExtensionType.ADDRESS_SRC: Slot(5, 0),
     ExtensionType.ADDRESS_DST: Slot(6, 1),
-    ExtensionType.ADDRESS_PROXY: Slot(7, 2),
-    ExtensionType.NEW_ADDRESS_SRC: Slot(8, 3),
-    ExtensionType.NEW_ADDRESS_DST: Slot(9, 4),
-    ExtensionType.KEY_AUTH: Slot(10, 0),
-    ExtensionType.KEY_ENCRYPT: Slot(11, 1),
-    ExtensionType.SPIRANGE: Slot(12, 0),
-    ExtensionType.SUPPORTED_AUTH: Slot(13, 0),
-    ExtensionType.SUPPORTED_ENCRYPT: Slot(14, 1),
-    ExtensionType.SA2: Slot(15, 0),
-    ExtensionType.NAT_T_TYPE: Slot(16, 0),
-    ExtensionType.NAT_T_SPORT: Slot(17, 0),
-    ExtensionType.NAT_T_DPORT: Slot(18, 1),
-    ExtensionType.POLICY: Slot(19, 0),
-    ExtensionType.SA_REPLAY: Slot(20, 0),
+    ExtensionType.KEY_AUTH: Slot(7, 0),
+    ExtensionType.KEY_ENCRYPT: Slot(8, 1),
+    ExtensionType.SPIRANGE: Slot(9, 0),
+    ExtensionType.SUPPORTED_AUTH: Slot(10, 0),
+    ExtensionType.SUPPORTED_ENCRYPT: Slot(11, 1),
+    ExtensionType.SA2: Slot(12, 0),
+    ExtensionType.NAT_T_TYPE: Slot(13, 0),
+    ExtensionType.NAT_T_SPORT: Slot(14, 0),
+    ExtensionType.NAT_T_DPORT: Slot(15, 1),
+    ExtensionType.POLICY: Slot(16, 0),
+    ExtensionType.SA_REPLAY: Slot(17, 0),
 }

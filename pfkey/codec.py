@@ -16,7 +16,7 @@ from .constants import PF_KEY_V2, ExtensionType, MessageType, Mode, SAState, SAT
 from .errors import DecodeError, EncodeError
 from .messages import SA, SA2, Address, Lifetime, PolicyExtension
 
-__all__ = ["Message", "Messages", "Value", "decode", "decode_many", "encode"]
+__all__ = ["Message", "Messages", "Value", "core_slots", "decode", "decode_many", "encode"]
 
 if ffi.sizeof("struct pfk_record") != layout.SIZE:
     raise ImportError("the compiled core and _record.py do not describe the same record; build the package again")
@@ -41,6 +41,13 @@ _scratches: list[_Scratch] = []
 _core_abis: dict[int, tuple[Any, Abi]] = {}
 
 
+def core_slots(abi: Abi) -> dict[int, int]:
+    """Number of an extension on the wire -> the core's slot for it (enum pfk_slot)."""
+    slots: dict[ExtensionType, int] = {kind: slot.number for kind, slot in layout.SLOTS.items()}
+    slots |= {kind: form.slot for kind, form in RARE.items()}
+    return {number: slots.get(kind, 0) for kind, number in abi.extension_numbers.items()}
+
+
 def _core_abi(abi: Abi) -> Any:
     """The core's part of an Abi, made once.  The Abi is kept beside it, so that its id stays its own."""
     try:
@@ -53,10 +60,8 @@ def _core_abi(abi: Abi) -> Any:
     core.request_size = abi.request_size
     core.af_inet = abi.af_inet
     core.af_inet6 = abi.af_inet6
-    slots: dict[ExtensionType, int] = {kind: slot.number for kind, slot in layout.SLOTS.items()}
-    slots |= {kind: form.slot for kind, form in RARE.items()}
-    for kind, number in abi.extension_numbers.items():
-        core.slot[number] = slots.get(kind, 0)
+    for number, slot in core_slots(abi).items():
+        core.slot[number] = slot
     _core_abis[id(abi)] = (core, abi)
     return core
 

@@ -1,0 +1,129 @@
+"""Any bytes, any system: the Python face gives a value or a DecodeError, the embedded kernel answers or refuses.
+
+PFKEY_EXAMPLES says how many examples each test tries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import pytest
+from embedded_client import ALL
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from wire import EVERYTHING, mirrored
+
+from pfkey import Abi, DecodeError, EmbeddedKernel, ExtensionType, Message, MessageType, decode, decode_many, encode
+from pfkey.conversation import Conversation
+from pfkey.typed import association_from, describe, policy_from, selector_from
+
+EXAMPLES = int(os.environ.get("PFKEY_EXAMPLES", "500"))
+long = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    database=None,
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
+)
+NAMES = ("linux", "freebsd-9", "freebsd-12", "freebsd-15", "netbsd", "macos")
+ABIS = [Abi.named(f"{name}-{order}") for name in NAMES for order in ("little", "big")]
+MESSAGES = [one.data for one in EVERYTHING] + [mirrored(one.data, one.abi) for one in EVERYTHING]
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    """A message of some system with a few bytes changed, something cut off, or two of them behind each other."""
+    data = bytearray(draw(st.sampled_from(MESSAGES)))
+    for at, value in draw(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=4)):
+        data[at % len(data)] = value
+    return bytes(data[: len(data) - draw(st.integers(0, 40))] if draw(st.booleans()) else data)
+
+
+def read_all(message: Message) -> None:
+    for kind, value in message.extensions.items():
+        repr(value)
+        assert message.get(kind) == value
+    for name in dir(Message):
+        if not name.startswith("_") and isinstance(getattr(Message, name), property):
+            getattr(message, name)
+    assert repr(message)
+    assert describe(message)
+    assert hash(message) == hash(message.replace(seq=message.seq))
+
+
+def typed(message: Message) -> None:
+    for read in (association_from, policy_from, selector_from):
+        with contextlib.suppress(DecodeError):
+            repr(read(message))
+
+
+def judged(data: bytes, abi: Abi) -> Message | DecodeError:
+    try:
+        return decode(data, abi)
+    except DecodeError as error:
+        return error
+
+
+@given(st.one_of(st.binary(max_size=200), damaged()), st.sampled_from(ABIS))
+@long
+def test_any_bytes_are_a_message_or_a_decode_error(data: bytes, abi: Abi) -> None:
+    message = judged(data, abi)
+    if isinstance(message, DecodeError):
+        with pytest.raises(DecodeError) as again:
+            decode_many([data], abi)
+        assert (again.value.offset, again.value.extension) == (message.offset, message.extension)
+        return
+    read_all(message)
+    typed(message)
+    assert encode(message) == data
+    assert encode(decode_many([data, data], abi)[1]) == data
+
+
+@given(st.lists(st.one_of(st.binary(max_size=64), damaged()), max_size=6), st.sampled_from(ABIS))
+@long
+def test_a_conversation_takes_anything(datagrams: list[bytes], abi: Abi) -> None:
+    conversation = Conversation(abi, pid=821, first_seq=1)
+    request = conversation.request(Message(MessageType.SPDDUMP, abi=abi))
+    conversation.request(Message(MessageType.FLUSH, abi=abi, satype=3))
+    for data in datagrams:
+        conversation.receive(data)
+    assert request.done in (True, False)
+    conversation.take_events()
+
+
+KERNELS = {profile: EmbeddedKernel(profile) for profile in ALL}
+
+
+@given(st.sampled_from(ALL), st.one_of(st.binary(max_size=200), damaged()))
+@long
+def test_any_bytes_are_answered_or_refused(profile: str, data: bytes) -> None:
+    """One kernel lives through all of it."""
+    kernel = KERNELS[profile]
+    channel = kernel.connect()
+    try:
+        channel.send(data)
+    except OSError as error:
+        assert error.errno or getattr(error, "name", "")  # noqa: PT017
+    while (answer := channel.receive(0)) is not None:
+        # FreeBSD's refusal is an echo, of what is no message too.
+        assert answer[2] or isinstance(decode(answer, kernel.abi), Message)
+    channel.close()
+    if len(kernel.spd) > 500:
+        KERNELS[profile] = EmbeddedKernel(profile)
+
+
+def test_a_number_that_no_system_has_comes_through() -> None:
+    """Newer than this package: types, extensions, algorithms and flags are numbers, and go out as they came."""
+    for abi in ABIS:
+        order = abi.byteorder
+        sa = (2).to_bytes(2, order) + (1).to_bytes(2, order) + bytes((0, 0, 1, 0, 0, 9, 99, 98)) + bytes(4 * [0xFF])
+        new = (1).to_bytes(2, order) + (61).to_bytes(2, order) + b"newX"
+        data = bytes((2, 77, 0, 66)) + (5).to_bytes(2, order) + bytes(10) + sa + new
+        message = decode(data, abi)
+        assert (message.type, message.satype, message.get(61)) == (77, 66, b"newX")
+        assert message.sa is not None
+        assert (message.sa.state, message.sa.auth, message.sa.encrypt) == (9, 99, 98)
+        assert encode(message) == data
+        assert encode(Message(77, message.extensions, abi=abi, satype=66)) == data
+        assert ExtensionType.SA in message
