@@ -225,11 +225,13 @@ int pfk_pf_key(void);
 int pfk_send_many(int fd, const uint8_t *arena, const uint32_t *lengths, int count, int *error);
 
 /**
- * Receive up to `count` messages, each into its own `size` bytes of `arena`; `lengths[n]` is the length of the nth.
+ * Receive up to `count` messages of up to `size` bytes; they lie one after the other in `arena`, `lengths[n]` is the
+ * length of the nth.  `arena` has room for `count` times `size` bytes, of which those behind the last message are wiped
+ * where they were used.
  *
  * Waits up to `timeout` milliseconds (negative: for ever) for the first and takes what else is there already: recvmmsg()
- * on Linux, a loop elsewhere.  A message longer than `size` is cut; its length says how long it was where the system
- * tells (Linux), else it is `size` + 1.  Returns how many came, 0 at the timeout, -1 with `*error` set to errno.
+ * on Linux, a loop elsewhere.  A message longer than `size` is left out; its length says how long it was where the
+ * system tells (Linux), else it is `size` + 1.  Returns how many came, 0 at the timeout, -1 with `*error` set to errno.
  */
 int pfk_receive_many(int fd, uint8_t *arena, uint32_t size, uint32_t *lengths, int count, int timeout, int *error);
 

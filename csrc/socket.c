@@ -120,6 +120,27 @@ int pfk_send_many(int fd, const uint8_t *arena, const uint32_t *lengths, int cou
 	return done;
 }
 
+/* Move what lies in slots of `size` bytes together, drop what was cut, and leave no second copy behind: it may be a key. */
+static void close_up(uint8_t *arena, uint32_t size, uint32_t *lengths, int count)
+{
+	size_t end = 0;
+
+	for (int i = 0; i < count; i++) {
+		uint8_t *slot = arena + (size_t)i * size;
+		size_t used = lengths[i] <= size ? lengths[i] : size;
+
+		if (lengths[i] <= size) {
+			memmove(arena + end, slot, used);
+			end += used;
+		}
+		if (slot + used > arena + end) {
+			uint8_t *rest = slot > arena + end ? slot : arena + end;
+
+			pfk_wipe(rest, (size_t)(slot + used - rest));
+		}
+	}
+}
+
 int pfk_receive_many(int fd, uint8_t *arena, uint32_t size, uint32_t *lengths, int count, int timeout, int *error)
 {
 	struct pollfd wait = { fd, POLLIN, 0 };
@@ -144,5 +165,6 @@ int pfk_receive_many(int fd, uint8_t *arena, uint32_t size, uint32_t *lengths, i
 		if (received < batch)
 			break;
 	}
+	close_up(arena, size, lengths, done);
 	return done;
 }

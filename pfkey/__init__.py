@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .abi import Abi
     from .channel import Channel
-    from .codec import Message, decode, decode_many, encode
+    from .codec import Message, decode, encode
     from .constants import Action, Direction, ExtensionType, Level, MessageType, Mode, Rank, SAProtocol
     from .embedded import EmbeddedKernel
     from .errors import (
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .keeper import Change, PolicyTracker
     from .kernel import Kernel, connect
     from .messages import Lifetime, Policy, SecurityAssociation, Selector, Template
+    from .tables import decode_many
     from .tracker import Assignment
 
 __all__ = [
@@ -77,7 +78,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "abi": ("Abi",),
     "channel": ("Channel",),
-    "codec": ("Message", "decode", "decode_many", "encode"),
+    "codec": ("Message", "decode", "encode"),
     "constants": ("Action", "Direction", "ExtensionType", "Level", "MessageType", "Mode", "Rank", "SAProtocol"),
     "embedded": ("EmbeddedKernel",),
     "errors": (
@@ -96,6 +97,7 @@ _MODULES = {
     "keeper": ("Change", "PolicyTracker"),
     "kernel": ("Kernel", "connect"),
     "messages": ("Lifetime", "Policy", "SecurityAssociation", "Selector", "Template"),
+    "tables": ("decode_many",),
     "tracker": ("Assignment",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -5,6 +5,8 @@ The order is that of `struct pfk_record` in csrc/pfk.h; a test compares every of
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from struct import Struct
 from typing import NamedTuple
 
@@ -13,6 +15,7 @@ from .constants import ExtensionType
 __all__ = [
     "ADDRESS",
     "BODY",
+    "COLUMNS",
     "COUNTS",
     "HEADER",
     "KEY",
@@ -30,6 +33,7 @@ __all__ = [
     "SPIRANGE",
     "SUPPORTED",
     "VALID",
+    "Column",
     "Group",
 ]
 
@@ -39,11 +43,12 @@ MAXIMUM_EXTENSIONS = 48
 class Group:
     """Some fields that lie together in the record: where, and how to read and write them."""
 
-    __slots__ = ("_layout", "name", "offset", "size")
+    __slots__ = ("_layout", "fields", "name", "offset", "size")
 
     def __init__(self, name: str, offset: int, layout: str) -> None:
         self.name = name
         self.offset = offset
+        self.fields = layout
         self._layout = Struct(f"={layout}")
         self.size = self._layout.size
 
@@ -104,3 +109,55 @@ SLOTS = {
     ExtensionType.POLICY: Slot(16, 0),
     ExtensionType.SA_REPLAY: Slot(17, 0),
 }
+
+
+class Column(NamedTuple):
+    """A field of the record that a table shows as a column."""
+
+    offset: int
+    format: str  # of struct; of memoryview too, but for "16s"
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return Struct(f"={self.format}").size
+
+
+def _each(fields: str) -> Iterator[str]:
+    """The format of each field by itself: "4B16s" is B, B, B, B, 16s."""
+    for count, kind in re.findall(r"(\d*)(\D)", fields):
+        yield from [f"{count}s"] if kind == "s" else kind * int(count or 1)
+
+
+def _columns() -> dict[str, Column]:
+    found: dict[str, Column] = {}
+
+    def add(group: Group, names: str, which: int = 0, prefix: str = "") -> None:
+        """The fields of a group in order; "-" for one that is no column."""
+        at = group.offset + which * group.size
+        for name, kind in zip(names.split(), _each(group.fields), strict=True):
+            if name != "-":
+                found[prefix + name] = Column(at, kind)
+            at += Struct(f"={kind}").size
+
+    add(HEADER, "version type errno satype length reserved seq pid")
+    add(COUNTS, "present count words")
+    for which, prefix in enumerate(("current_", "hard_", "soft_")):
+        add(LIFETIME, "bytes addtime usetime allocations -", which, prefix)
+    for which, side in enumerate(("source", "destination")):
+        names = f"{side}_protocol {side}_prefixlen - {side}_port {side}_version - {side}_flowinfo {side}_scope {side} -"
+        add(ADDRESS, names, which)
+    for which, prefix in enumerate(("auth_", "encrypt_")):
+        add(KEY, "key_bits - - -", which, prefix)
+    add(SA, "spi replay state auth encrypt flags")
+    add(SA2, "mode - - sequence reqid")
+    add(SPIRANGE, "spi_minimum spi_maximum -")
+    add(NAT_T_TYPE, "nat_t_type -")
+    for which, prefix in enumerate(("nat_t_source_", "nat_t_destination_")):
+        add(NAT_T_PORT, "port -", which, prefix)
+    add(POLICY, "action direction scope policy_id priority - -")
+    add(REPLAY, "replay_window")
+    return found
+
+
+COLUMNS = _columns()

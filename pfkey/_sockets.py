@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 from ._core import ffi, lib
 
-__all__ = ["Arena", "pf_key", "send_many"]
+__all__ = ["Arena", "Received", "pf_key", "send_many"]
+
+_SEGMENT = 4 << 20
 
 
 def pf_key() -> int:
@@ -22,37 +25,60 @@ def send_many(fd: int, messages: Sequence[bytes]) -> tuple[int, int]:
     return sent, error[0]
 
 
-class Arena:
-    """Where messages are received: room for `count` messages of up to `size` bytes."""
+class Received(NamedTuple):
+    """What one call received: messages one after the other in `arena`, and the lengths of those too long to keep."""
 
-    __slots__ = ("_buffer", "_error", "_lengths", "count", "size")
+    arena: memoryview
+    lengths: array[int]
+    cut: list[int]
+    error: int
+    """errno, or 0."""
+
+
+_allocate = ffi.new_allocator(should_clear_after_alloc=False)
+
+
+class Arena:
+    """Where messages are received: room for `count` messages of up to `size` bytes at a time.
+
+    What is kept stays where it was received; it is wiped when nobody looks at it any more, for it may hold keys.
+    """
+
+    __slots__ = ("_error", "_lengths", "_segment", "_used", "count", "size")
 
     def __init__(self, count: int, size: int) -> None:
         self.count = count
         self.size = size
-        self._buffer = ffi.new("uint8_t[]", count * size)
         self._lengths = ffi.new("uint32_t[]", count)
         self._error = ffi.new("int *")
+        self._begin()
 
-    def receive(self, fd: int, limit: int, timeout: float | None) -> tuple[list[bytes], list[int], int]:
+    def _begin(self) -> None:
+        used = [0]
+        owner = _allocate("uint8_t[]", max(_SEGMENT, self.count * self.size))
+        self._segment: Any = ffi.gc(owner, lambda segment: lib.pfk_wipe(segment, used[0]), len(owner))
+        self._used = used
+
+    def receive(self, fd: int, limit: int, timeout: float | None, *, keep: bool) -> Received:
         """Up to `limit` messages in one call, which waits up to `timeout` seconds for the first (None: for ever).
 
-        Returns the messages, the lengths of those that were too long and are lost, and errno or 0.  The buffer, which
-        may have held keys, is wiped.
+        With `keep` the arena of the result is where they were received, else a copy.
         """
+        if len(self._segment) - self._used[0] < self.count * self.size:
+            self._begin()
         wait = -1 if timeout is None else max(0, int(timeout * 1000 + 0.999))
-        count = lib.pfk_receive_many(
-            fd, self._buffer, self.size, self._lengths, min(limit, self.count), wait, self._error
-        )
+        start = self._used[0]
+        here = self._segment + start
+        count = lib.pfk_receive_many(fd, here, self.size, self._lengths, min(limit, self.count), wait, self._error)
         if count < 0:
-            return [], [], cast("int", self._error[0])
-        whole, cut = [], []
-        for index in range(count):
-            length = self._lengths[index]
-            start = self._buffer + index * self.size
-            if length > self.size:
-                cut.append(length)
-            else:
-                whole.append(bytes(ffi.buffer(start, length)))
-            lib.pfk_wipe(start, min(length, self.size))
-        return whole, cut, 0
+            return Received(memoryview(b""), array("I"), [], cast("int", self._error[0]))
+        found = list(self._lengths[0:count])
+        cut = [length for length in found if length > self.size]
+        lengths = array("I", [length for length in found if length <= self.size] if cut else found)
+        total = sum(lengths)
+        if keep:
+            self._used[0] += total
+            return Received(memoryview(ffi.buffer(self._segment))[start : start + total], lengths, cut, 0)
+        copy = memoryview(bytes(ffi.buffer(here, total)))
+        lib.pfk_wipe(here, total)
+        return Received(copy, lengths, cut, 0)

@@ -14,8 +14,9 @@ from . import _sockets
 from .abi import Abi
 from .constants import PF_KEY_V2
 from .errors import ChannelClosed, KernelError, NotSupported, kernel_error
+from .tables import Batch
 
-__all__ = ["Channel", "NativeChannel", "grow_receive_buffer", "in_flight", "receive_many", "send_many"]
+__all__ = ["Channel", "NativeChannel", "grow_receive_buffer", "in_flight", "receive_batch", "receive_many", "send_many"]
 
 log = logging.getLogger("pfkey.channel")
 
@@ -26,8 +27,8 @@ class Channel(Protocol):
 
     `send` raises OSError when the kernel's send call fails.  `receive` gives one whole message, or None when none came
     within `timeout` seconds (None waits for ever).  `fileno` is -1 where there is no file descriptor to wait on.
-    ChannelClosed says that the kernel cannot be reached any more.  A channel may also have `send_many`, `receive_many`
-    and `set_receive_buffer(size) -> size`; the functions of this module do without.
+    ChannelClosed says that the kernel cannot be reached any more.  A channel may also have `send_many`, `receive_many`,
+    `receive_batch` and `set_receive_buffer(size) -> size`; the functions of this module do without.
     """
 
     @property
@@ -68,6 +69,12 @@ def receive_many(channel: Channel, limit: int, timeout: float | None) -> list[by
             break
         received.append(data)
     return received
+
+
+def receive_batch(channel: Channel, limit: int, timeout: float | None) -> Batch:
+    """The same as a batch, which a native channel leaves where the kernel put it."""
+    batch = getattr(channel, "receive_batch", None)
+    return batch(timeout) if batch is not None else Batch.of(receive_many(channel, limit, timeout))
 
 
 _UNKNOWN_IN_FLIGHT = 16
@@ -179,17 +186,31 @@ class NativeChannel:
             self._fetch(timeout)
         return [self._queue.popleft() for _ in range(min(limit, len(self._queue)))]
 
+    def receive_batch(self, timeout: float | None) -> Batch:
+        """What is there, left where the kernel put it: waits for the first message only."""
+        if self._queue:
+            waiting = list(self._queue)
+            self._queue.clear()
+            return Batch.of(waiting)
+        received = self._receive(timeout, keep=True)
+        return Batch(received.arena, received.lengths)
+
     def _fetch(self, timeout: float | None) -> None:
+        received = self._receive(timeout, keep=False)
+        self._queue.extend(Batch(received.arena, received.lengths).datagrams())
+
+    def _receive(self, timeout: float | None, *, keep: bool) -> _sockets.Received:
         self._check()
         if self._arena is None:
             self._arena = _sockets.Arena(_BATCH, _LARGEST_MESSAGE)
-        received, cut, error = self._arena.receive(self._socket.fileno(), _BATCH, timeout)
-        self._queue.extend(received)
-        if cut:
-            self.lost += len(cut)
-            log.warning("%d messages of up to %d bytes were cut at %d", len(cut), max(cut), _LARGEST_MESSAGE)
-        if error and error != errno.EINTR:
-            raise OSError(error, f"receiving from the PF_KEY socket: {_strerror(error)}")
+        received = self._arena.receive(self._socket.fileno(), _BATCH, timeout, keep=keep)
+        if received.cut:
+            self.lost += len(received.cut)
+            most = max(received.cut)
+            log.warning("%d messages of up to %d bytes were cut at %d", len(received.cut), most, _LARGEST_MESSAGE)
+        if received.error and received.error != errno.EINTR:
+            raise OSError(received.error, f"receiving from the PF_KEY socket: {_strerror(received.error)}")
+        return received
 
     def fileno(self) -> int:
         """The socket's file descriptor, -1 once closed.  Messages may be queued here although it is not readable."""

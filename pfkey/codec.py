@@ -1,11 +1,11 @@
-"""Messages <-> bytes: with _sockets beside it the only importer of the C core."""
+"""A message <-> bytes: one call of the C core each way."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, cast, overload
+from typing import Any, cast
 
 from . import _record as layout
 from ._core import ffi, lib
@@ -16,7 +16,7 @@ from .constants import PF_KEY_V2, ExtensionType, MessageType, Mode, SAState, SAT
 from .errors import DecodeError, EncodeError
 from .messages import SA, SA2, Address, Lifetime, PolicyExtension
 
-__all__ = ["Message", "Messages", "Value", "core_slots", "decode", "decode_many", "encode"]
+__all__ = ["Message", "Value", "core_abi", "core_slots", "decode", "decode_error", "encode", "made"]
 
 if ffi.sizeof("struct pfk_record") != layout.SIZE:
     raise ImportError("the compiled core and _record.py do not describe the same record; build the package again")
@@ -48,7 +48,7 @@ def core_slots(abi: Abi) -> dict[int, int]:
     return {number: slots.get(kind, 0) for kind, number in abi.extension_numbers.items()}
 
 
-def _core_abi(abi: Abi) -> Any:
+def core_abi(abi: Abi) -> Any:
     """The core's part of an Abi, made once.  The Abi is kept beside it, so that its id stays its own."""
     try:
         return _core_abis[id(abi)][0]
@@ -170,7 +170,7 @@ class Message:
             raise TypeError(f"a header has no field {', '.join(sorted(unknown))} to replace")
         record = bytearray(self._record)
         _pack_header(record, *(fields | header).values())
-        return _made(self.abi, bytes(record), self._data)
+        return made(self.abi, bytes(record), self._data)
 
     # The extensions.
 
@@ -343,7 +343,8 @@ class Message:
 _STATES = {int(state): state for state in SAState}
 
 
-def _made(abi: Abi, record: bytes, data: bytes) -> Message:
+def made(abi: Abi, record: bytes, data: bytes) -> Message:
+    """The message of a record of the core and the bytes that its variable parts lie in."""
     message = Message.__new__(Message)
     message._fill(abi, record, data)
     return message
@@ -402,7 +403,7 @@ def encode(message: Message) -> bytes:
     capacity = len(data) + 16 + 48 * layout.MAXIMUM_EXTENSIONS
     out = ffi.new("uint8_t[]", capacity)
     fault = ffi.new("struct pfk_fault *")
-    length = lib.pfk_encode(_core_abi(message.abi), message._record, data, len(data), out, capacity, fault)
+    length = lib.pfk_encode(core_abi(message.abi), message._record, data, len(data), out, capacity, fault)
     if not length:
         raise EncodeError(f"{_type_name(message)}: {_reason(fault.reason)} (extension {fault.extension})")
     encoded = bytes(ffi.buffer(out, length))
@@ -423,8 +424,8 @@ def decode(data: bytes | bytearray | memoryview, abi: Abi) -> Message:
     except IndexError:
         scratch = _Scratch()
     fault = scratch.fault
-    if lib.pfk_decode(_core_abi(abi), data, len(data), scratch.record, fault):
-        error = _decode_error(fault, abi)
+    if lib.pfk_decode(core_abi(abi), data, len(data), scratch.record, fault):
+        error = decode_error(fault, abi)
         _scratches.append(scratch)
         raise error
     record = bytes(scratch.view)
@@ -445,64 +446,12 @@ _set_data = Message.__dict__["_data"].__set__
 _set_cache = Message.__dict__["_cache"].__set__
 
 
-class Messages(Sequence[Message]):
-    """Many decoded messages: records in one array, a Message made when one is asked for."""
-
-    __slots__ = ("_abi", "_arena", "_lengths", "_records", "_starts")
-
-    def __init__(self, abi: Abi, arena: bytes, lengths: Sequence[int], records: Any) -> None:
-        self._abi = abi
-        self._arena = arena
-        self._records = records
-        self._lengths = lengths
-        starts, start = [], 0
-        for length in lengths:
-            starts.append(start)
-            start += length
-        self._starts = starts
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    @overload
-    def __getitem__(self, index: int) -> Message: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Message]: ...
-    def __getitem__(self, index: int | slice) -> Message | list[Message]:
-        if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
-        if index < 0:
-            index += len(self)
-        if not 0 <= index < len(self):
-            raise IndexError(f"message {index} of {len(self)}")
-        start = self._starts[index]
-        record = bytes(ffi.buffer(self._records + index, layout.SIZE))
-        return _made(self._abi, record, self._arena[start : start + self._lengths[index]])
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} messages of {self._abi}>"
-
-
-def decode_many(datagrams: Iterable[bytes], abi: Abi) -> Messages:
-    """All messages in one call of the core; each becomes a Message when it is asked for.
-
-    Raises DecodeError, whose text says which message it was.
-    """
-    parts = list(datagrams)
-    lengths = [len(part) for part in parts]
-    arena = b"".join(parts)
-    records = ffi.new("struct pfk_record[]", max(len(parts), 1))
-    fault = ffi.new("struct pfk_fault *")
-    if lib.pfk_decode_many(_core_abi(abi), arena, lengths, len(lengths), records, fault):
-        raise _decode_error(fault, abi, f"message {fault.index} of {len(lengths)}: ")
-    return Messages(abi, arena, lengths, records)
-
-
 def _reason(number: int) -> str:
     return cast("bytes", ffi.string(lib.pfk_reason(number))).decode()
 
 
-def _decode_error(fault: Any, abi: Abi, prefix: str = "") -> DecodeError:
+def decode_error(fault: Any, abi: Abi, prefix: str = "") -> DecodeError:
+    """The exception that a fault of the core is."""
     number = fault.extension or None
     kind = abi.extensions.get(fault.extension)
     name = kind.name if kind is not None else ""

@@ -6,12 +6,14 @@ import logging
 import os
 import secrets
 from collections import OrderedDict, deque
+from struct import Struct
 
 from .abi import Abi
 from .codec import Message, decode, encode
 from .constants import ExtensionType, MessageType
 from .errors import DecodeError, DumpOverflow, PFKeyError, kernel_error
 from .messages import Address
+from .tables import Batch, Messages, assemble
 from .typed import describe
 
 __all__ = ["Conversation", "Request"]
@@ -25,16 +27,26 @@ _EVENTS = 65536
 """Events kept for a reader; the oldest are dropped, and counted, when nobody reads them."""
 
 
+# Type, errno, seq and pid of struct sadb_msg.
+_HEADER = {"little": Struct("<xBB5xII"), "big": Struct(">xBB5xII")}
+
+
 class Request:
     """One request under way: what was sent, and what came back."""
 
-    __slots__ = ("data", "dump", "error", "message", "replies", "sent")
+    __slots__ = ("_batches", "count", "data", "dump", "error", "last", "message", "replies", "sent")
 
     def __init__(self, message: Message) -> None:
         self.message = message
         self.data = encode(message)
         self.dump = message.type in DUMPS
         self.replies: list[Message] = []
+        """The answer, when it is no dump."""
+        self.count = 0
+        """The parts of a dump so far."""
+        self.last = 0
+        """The count in the last part."""
+        self._batches: list[Batch] = []
         self.error: PFKeyError | None = None
         self.sent = False
 
@@ -45,7 +57,17 @@ class Request:
             return True
         if not self.dump:
             return bool(self.replies)
-        return bool(self.replies) and self.replies[-1].seq == 0
+        return bool(self.count) and self.last == 0
+
+    def add(self, batch: Batch, last: int) -> None:
+        """Keep parts of the dump, of which the last says `last`."""
+        self._batches.append(batch)
+        self.count += len(batch.lengths)
+        self.last = last
+
+    def parts(self) -> Messages:
+        """All parts of the dump; DecodeError when one is no message."""
+        return assemble(self._batches, self.message.abi)
 
     def __repr__(self) -> str:
         state = "failed" if self.error else "done" if self.done else "under way"
@@ -93,13 +115,40 @@ class Conversation:
             return self._undecodable(data, error)
         request = self._request_of(message)
         if request is not None:
-            self._answer(request, message)
+            self._answer(request, message, data)
             return request
         if self._is_late(message):
             log.debug("late, or a second copy: %r", message)
         else:
             self._note_event(message)
         return None
+
+    def receive_batch(self, batch: Batch) -> list[Request]:
+        """Take what arrived together; returns the requests it belongs to.
+
+        Parts of a dump, as long as nothing else is among them, are kept as they are and decoded at its end.
+        """
+        dump = next((one for one in self._pending.values() if one.dump), None)
+        if dump is not None and (last := self._continued(dump, batch)) is not None:
+            dump.add(batch, last)
+            return [dump]
+        return [request for data in batch.datagrams() if (request := self.receive(data)) is not None]
+
+    def _continued(self, dump: Request, batch: Batch) -> int | None:
+        """The count in the last of these messages when all of them are the next parts of this dump."""
+        if not batch.lengths or min(batch.lengths) < _HEADER[self.abi.byteorder].size:
+            return None
+        read = _HEADER[self.abi.byteorder].unpack_from
+        wanted = (int(dump.message.type), 0, self.pid)
+        start, seq = 0, dump.last
+        for number, length in enumerate(batch.lengths, dump.count + 1):
+            kind, error, before, pid = read(batch.arena, start)
+            follows = before == seq - 1 or number == 1 if self.abi.dump_counts_down else before in (number, 0)
+            if (kind, error, pid) != wanted or not follows or (seq == 0 and number > 1):
+                return None
+            seq = before
+            start += length
+        return seq
 
     def is_ours(self, message: Message) -> bool:
         """Whether a request of this conversation caused it (asked about what a second channel hears)."""
@@ -113,9 +162,9 @@ class Conversation:
 
     def give_up(self, request: Request, error: PFKeyError) -> None:
         """No more is expected: a dump that stopped half-way was cut, anything else is answered by `error`."""
-        if request.dump and request.replies:
+        if request.dump and request.count:
             error = DumpOverflow(
-                f"{describe(request.message)} stopped after {len(request.replies)} parts, before the last;"
+                f"{describe(request.message)} stopped after {request.count} parts, before the last;"
                 " the receive buffer was too small for it"
             )
         request.error = error
@@ -190,9 +239,9 @@ class Conversation:
 
     # What does it say?
 
-    def _answer(self, request: Request, message: Message) -> None:
+    def _answer(self, request: Request, message: Message, data: bytes) -> None:
         if request.dump:
-            self._add_part(request, message)
+            self._add_part(request, message, data)
         elif message.errno:
             request.error = self._refusal(request, message)
         else:
@@ -204,18 +253,18 @@ class Conversation:
             describe(request.message), name, message.errno, request=request.message, reply=message, advice=advice
         )
 
-    def _add_part(self, request: Request, message: Message) -> None:
-        if message.errno and not request.replies and message.errno < 128:
+    def _add_part(self, request: Request, message: Message, data: bytes) -> None:
+        if message.errno and not request.count and message.errno < 128:
             request.error = self._refusal(request, message)
             return
         if message.errno:
             request.error = DumpOverflow(
-                f"{describe(request.message)} is incomplete: after {len(request.replies)} parts the kernel said"
+                f"{describe(request.message)} is incomplete: after {request.count} parts the kernel said"
                 f" {self.abi.error_name(message.errno)} (Linux does so at an entry that PF_KEY cannot express)"
             )
             return
         gap = self._gap(request, message.seq)
-        request.replies.append(message)
+        request.add(Batch.of([data]), message.seq)
         if gap:
             request.error = DumpOverflow(
                 f"{describe(request.message)} lacks {gap} parts before number {message.seq};"
@@ -225,8 +274,8 @@ class Conversation:
     def _gap(self, request: Request, seq: int) -> int:
         """How many parts are missing before this one."""
         if self.abi.dump_counts_down:
-            return request.replies[-1].seq - 1 - seq if request.replies else 0
-        return seq - len(request.replies) - 1 if seq else 0
+            return request.last - 1 - seq if request.count else 0
+        return seq - request.count - 1 if seq else 0
 
 
 _PREFIXED = (ExtensionType.ADDRESS_SRC, ExtensionType.ADDRESS_DST)

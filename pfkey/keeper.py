@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -38,7 +38,7 @@ class PolicyKernel(Protocol):
     def update_policy(self, policy: Policy) -> Policy: ...
     def delete_policy(self, policy: Policy) -> Policy: ...
     def get_policy(self, policy_id: int) -> Policy: ...
-    def dump_policies(self) -> list[Policy]: ...
+    def dump_policies(self) -> Sequence[Policy]: ...
 
 
 @dataclass(frozen=True, slots=True, repr=False)

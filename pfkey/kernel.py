@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from .abi import Abi
-from .channel import Channel, NativeChannel, grow_receive_buffer, in_flight, receive_many, send_many
+from .channel import Channel, NativeChannel, grow_receive_buffer, in_flight, receive_batch, receive_many, send_many
 from .codec import Message, Value
 from .constants import Action, Direction, ExtensionType, MessageType, Mode, PolicyScope, SAProtocol
 from .conversation import Conversation, Request
@@ -29,6 +29,7 @@ from .errors import (
 )
 from .messages import SA2, Address, AddressLike, Algorithm, Policy, PolicyExtension, SecurityAssociation, SPIRange
 from .refusals import check_policy
+from .tables import Batch, Dump, Messages
 from .typed import SATYPE_OF, association_from, association_message, describe, policy_from, policy_message
 
 __all__ = ["Kernel", "Supported", "connect"]
@@ -38,6 +39,7 @@ log = logging.getLogger("pfkey.kernel")
 _UNANSWERED = (MessageType.ACQUIRE,)
 _GONE = (errno.EBADF, errno.EPIPE, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED)
 _DUMP_TRIES = 4
+_MAIN_SCOPES = (PolicyScope.ANY, PolicyScope.GLOBAL)
 _SLICE = 0.1
 """Seconds for which a reader of events keeps the connection from others, where both share one channel."""
 
@@ -150,8 +152,8 @@ class Kernel:
                 results += [request.error or request.replies[0] for request in requests]
         return results
 
-    def dump(self, message: Message) -> list[Message]:
-        """All parts of the answer to DUMP or SPDDUMP; an empty database is an empty list.
+    def dump(self, message: Message) -> Messages:
+        """All parts of the answer to DUMP or SPDDUMP; an empty database gives none.
 
         A dump that arrives incomplete is asked for again with a larger receive buffer; DumpOverflow when that is not to
         be had.
@@ -205,17 +207,20 @@ class Kernel:
         message = Message(MessageType.SPDGET, {ExtensionType.POLICY: extension}, abi=self.abi)
         return policy_from(self.request(message))
 
-    def dump_policies(self, *, everything: bool = False) -> list[Policy]:
-        """SPDDUMP: the policies of the main table, in the kernel's order.
+    def dump_policies(self, *, everything: bool = False) -> Dump[Policy]:
+        """SPDDUMP: the policies of the main table, in the kernel's order; a sequence, and a table to scan.
 
         With `everything` also what is not there: policies of sockets (Linux, directions 4 and 5) and of interfaces
         (FreeBSD, scope IFNET).
         """
-        policies = [policy_from(part) for part in self.dump(Message(MessageType.SPDDUMP, abi=self.abi))]
-        return policies if everything else [policy for policy in policies if self._is_main(policy)]
+        messages = self.dump(Message(MessageType.SPDDUMP, abi=self.abi))
+        if not everything:
+            main = [index for index, row in enumerate(messages.select("direction", "scope")) if self._is_main(*row)]
+            messages = messages if len(main) == len(messages) else messages.pick(main)
+        return Dump(messages, policy_from)
 
-    def _is_main(self, policy: Policy) -> bool:
-        return policy.direction in self.abi.directions and policy.scope in (PolicyScope.ANY, PolicyScope.GLOBAL)
+    def _is_main(self, direction: int, scope: int) -> bool:
+        return direction in self.abi.directions and (not self.abi.has_scope or scope in _MAIN_SCOPES)
 
     def flush_policies(self) -> None:
         """SPDFLUSH: delete all policies, whoever made them."""
@@ -284,10 +289,10 @@ class Kernel:
             wanted = SecurityAssociation(ip_address(source), ip_address(destination), spi, protocol)
         return association_from(self.request(association_message(MessageType.GET, wanted, self.abi)))
 
-    def dump_sas(self, protocol: SAProtocol | int | None = None) -> list[SecurityAssociation]:
-        """DUMP: all SAs, or those of one protocol, keys included."""
+    def dump_sas(self, protocol: SAProtocol | int | None = None) -> Dump[SecurityAssociation]:
+        """DUMP: all SAs, or those of one protocol, keys included; a sequence, and a table to scan."""
         message = Message(MessageType.DUMP, abi=self.abi, satype=self._satype(protocol))
-        return [association_from(part) for part in self.dump(message)]
+        return Dump(self.dump(message), association_from)
 
     def flush_sas(self, protocol: SAProtocol | int | None = None) -> None:
         """FLUSH: delete all SAs, or those of one protocol, whoever made them."""
@@ -336,9 +341,8 @@ class Kernel:
         descriptor = channel.fileno()
         with self._event_lock:
             received = self._receive(channel, 64, seconds if descriptor < 0 else 0.0)
-            for data in received:
-                self._event_conversation.receive(data)
-        if not received and descriptor >= 0:
+            self._event_conversation.receive_batch(received)
+        if not received.lengths and descriptor >= 0:
             poll = select.poll()
             poll.register(descriptor, select.POLLIN)
             poll.poll(seconds * 1000)
@@ -364,9 +368,8 @@ class Kernel:
 
     def _drain(self) -> None:
         """Take what has arrived since: others' broadcasts would fill the buffer that our answers need."""
-        while received := self._receive(self.channel, 64, 0.0):
-            for data in received:
-                self._conversation.receive(data)
+        while (received := self._receive(self.channel, 64, 0.0)).lengths:
+            self._conversation.receive_batch(received)
 
     def _exchange(
         self, requests: list[Request], channel: Channel | None = None, conversation: Conversation | None = None
@@ -424,9 +427,12 @@ class Kernel:
             return self.abi.error_numbers[name], name
         return number, self.abi.error_name(number)
 
-    def _receive(self, channel: Channel, limit: int, timeout: float) -> list[bytes]:
+    def _receive(self, channel: Channel, limit: int, timeout: float, *, dump: bool = False) -> Batch:
+        """What is there, up to `limit` messages but for a dump, whose parts may stay where the kernel put them."""
         try:
-            return receive_many(channel, limit, timeout)
+            if dump:
+                return receive_batch(channel, limit, timeout)
+            return Batch.of(receive_many(channel, limit, timeout))
         except ChannelClosed:
             raise
         except OSError as error:
@@ -435,12 +441,13 @@ class Kernel:
             if self._error_name(error)[1] == "ENOBUFS":
                 # FreeBSD 14 with SO_RERROR: something was lost.  Whoever misses it times out, or finds a gap.
                 log.warning("the receive buffer of %s was full; messages were lost", self.abi)
-                return []
+                return Batch.of([])
             raise
 
     def _await(self, requests: list[Request], channel: Channel, conversation: Conversation) -> None:
         """Read until all are answered; the clock starts again whenever one of them gets something."""
-        many = len(requests) > 1 or any(request.dump for request in requests)
+        dump = any(request.dump for request in requests)
+        many = len(requests) > 1 or dump
         deadline = time.monotonic() + self.timeout
         while requests:
             left = deadline - time.monotonic()
@@ -449,7 +456,7 @@ class Kernel:
                     conversation.give_up(request, self._timed_out(request))
                 return
             try:
-                received = self._receive(channel, 64 if many else 1, left)
+                received = self._receive(channel, 64 if many else 1, left, dump=dump)
             except ChannelClosed as error:
                 for request in requests:
                     request.error = ChannelClosed(
@@ -457,9 +464,8 @@ class Kernel:
                         request=request.message,
                     )
                 return
-            for data in received:
-                if conversation.receive(data) in requests:
-                    deadline = time.monotonic() + self.timeout
+            if any(request in requests for request in conversation.receive_batch(received)):
+                deadline = time.monotonic() + self.timeout
             requests = [request for request in requests if not request.done]
 
     def _timed_out(self, request: Request) -> ReplyTimeout:
@@ -470,10 +476,8 @@ class Kernel:
         )
 
 
-def _parts(dump: Request) -> list[Message]:
+def _parts(dump: Request) -> Messages:
     """What a dump gave; an empty database answers ENOENT."""
-    if isinstance(dump.error, KernelError) and dump.error.name == "ENOENT":
-        return []
-    if dump.error is not None:
+    if dump.error is not None and not (isinstance(dump.error, KernelError) and dump.error.name == "ENOENT"):
         raise dump.error
-    return dump.replies
+    return dump.parts()

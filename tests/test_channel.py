@@ -16,6 +16,7 @@ from pfkey import Abi, ChannelClosed, KernelError, NotSupported
 from pfkey import channel as channels
 from pfkey._sockets import Arena, pf_key, send_many
 from pfkey.channel import NativeChannel
+from pfkey.tables import Batch
 
 
 @pytest.fixture
@@ -26,56 +27,75 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield one, other
 
 
+def received(
+    arena: Arena, fd: int, limit: int, timeout: float, *, keep: bool = False
+) -> tuple[list[bytes], list[int], int]:
+    """The messages, the lengths of those that were cut, errno."""
+    found = arena.receive(fd, limit, timeout, keep=keep)
+    return list(Batch(found.arena, found.lengths).datagrams()), found.cut, found.error
+
+
 MESSAGES = [bytes((number & 255,)) * (16 + 8 * (number % 20)) for number in range(100)]
 
 
 def test_many_in_one_call(pair: tuple[socket.socket, socket.socket]) -> None:
     one, other = pair
-    received: list[bytes] = []
+    found: list[bytes] = []
 
     def read() -> None:
         arena = Arena(64, 1024)
-        while len(received) < len(MESSAGES):
-            whole, cut, error = arena.receive(other.fileno(), 64, 5.0)
+        while len(found) < len(MESSAGES):
+            whole, cut, error = received(arena, other.fileno(), 64, 5.0)
             assert (cut, error) == ([], 0)
-            received.extend(whole)
+            found.extend(whole)
 
     reader = threading.Thread(target=read)
     reader.start()
     assert send_many(one.fileno(), MESSAGES) == (len(MESSAGES), 0)
     reader.join(20)
-    assert received == MESSAGES
+    assert found == MESSAGES
 
 
 def test_the_limit_is_kept(pair: tuple[socket.socket, socket.socket]) -> None:
     one, other = pair
     send_many(one.fileno(), MESSAGES[:8])
     arena = Arena(64, 1024)
-    assert arena.receive(other.fileno(), 3, 1.0)[0] == MESSAGES[:3]
-    assert arena.receive(other.fileno(), 64, 1.0)[0] == MESSAGES[3:8]
+    assert received(arena, other.fileno(), 3, 1.0)[0] == MESSAGES[:3]
+    assert received(arena, other.fileno(), 64, 1.0)[0] == MESSAGES[3:8]
 
 
 def test_what_is_too_long_is_told(pair: tuple[socket.socket, socket.socket]) -> None:
     one, other = pair
     send_many(one.fileno(), [b"a" * 16, b"b" * 100, b"c" * 64])
-    whole, cut, error = Arena(4, 64).receive(other.fileno(), 4, 1.0)
+    whole, cut, error = received(Arena(4, 64), other.fileno(), 4, 1.0)
     assert (whole, error) == ([b"a" * 16, b"c" * 64], 0)
     assert len(cut) == 1
     assert cut[0] > 64
 
 
+def test_what_is_kept_stays_when_more_comes(pair: tuple[socket.socket, socket.socket]) -> None:
+    one, other = pair
+    arena = Arena(8, 1 << 20)  # a segment for every call
+    kept = []
+    for start in range(0, 40, 8):
+        send_many(one.fileno(), MESSAGES[start : start + 8])
+        kept.append(arena.receive(other.fileno(), 8, 1.0, keep=True))
+    found = [data for batch in kept for data in Batch(batch.arena, batch.lengths).datagrams()]
+    assert found == MESSAGES[:40]
+
+
 def test_the_timeout(pair: tuple[socket.socket, socket.socket]) -> None:
     started = time.monotonic()
-    assert Arena(4, 64).receive(pair[1].fileno(), 4, 0.05) == ([], [], 0)
+    assert received(Arena(4, 64), pair[1].fileno(), 4, 0.05) == ([], [], 0)
     assert time.monotonic() - started >= 0.04
-    assert Arena(4, 64).receive(pair[1].fileno(), 4, 0.0) == ([], [], 0)
+    assert received(Arena(4, 64), pair[1].fileno(), 4, 0.0) == ([], [], 0)
 
 
 def test_a_closed_descriptor(pair: tuple[socket.socket, socket.socket]) -> None:
     fd = os.dup(pair[0].fileno())
     os.close(fd)
     assert send_many(fd, [b"x" * 16]) == (0, errno.EBADF)
-    whole, _, error = Arena(4, 64).receive(fd, 4, 1.0)
+    whole, _, error = received(Arena(4, 64), fd, 4, 1.0)
     assert (whole, error) == ([], errno.EBADF)
 
 

@@ -169,7 +169,7 @@ def dump(abi: Abi, seqs: list[int], errnos: dict[int, int] | None = None) -> Req
 def test_whole_dumps(abi: Abi, seqs: list[int]) -> None:
     request = dump(abi, seqs)
     assert request.error is None
-    assert [part.seq for part in request.replies] == seqs
+    assert [part.seq for part in request.parts()] == seqs
 
 
 CUT = [
