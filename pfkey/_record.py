@@ -56,6 +56,15 @@ class Group:
         """The fields of the `which`th of these groups."""
         return self._layout.unpack_from(record, self.offset + which * self.size)
 
+    def part(self, record: bytes, which: int = 0) -> bytes:
+        """The bytes of the `which`th of these groups, for `unpack`."""
+        start = self.offset + which * self.size
+        return record[start : start + self.size]
+
+    def unpack(self, part: bytes) -> tuple[int | bytes, ...]:
+        """The fields in what `part` gave."""
+        return self._layout.unpack(part)
+
     def write(self, record: bytearray, which: int, *values: int | bytes) -> None:
         """Fill the fields of the `which`th of these groups; struct.error when a value does not fit."""
         self._layout.pack_into(record, self.offset + which * self.size, *values)

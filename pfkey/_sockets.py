@@ -44,19 +44,20 @@ class Arena:
     What is kept stays where it was received; it is wiped when nobody looks at it any more, for it may hold keys.
     """
 
-    __slots__ = ("_error", "_lengths", "_segment", "_used", "count", "size")
+    __slots__ = ("_error", "_lengths", "_room", "_segment", "_used", "count", "size")
 
     def __init__(self, count: int, size: int) -> None:
         self.count = count
         self.size = size
         self._lengths = ffi.new("uint32_t[]", count)
         self._error = ffi.new("int *")
+        self._room = max(_SEGMENT, count * size)
         self._begin()
 
     def _begin(self) -> None:
         used = [0]
-        owner = _allocate("uint8_t[]", max(_SEGMENT, self.count * self.size))
-        self._segment: Any = ffi.gc(owner, lambda segment: lib.pfk_wipe(segment, used[0]), len(owner))
+        owner = _allocate("uint8_t[]", self._room)
+        self._segment: Any = ffi.gc(owner, lambda segment: lib.pfk_wipe(segment, used[0]), self._room)
         self._used = used
 
     def receive(self, fd: int, limit: int, timeout: float | None, *, keep: bool) -> Received:
@@ -64,7 +65,7 @@ class Arena:
 
         With `keep` the arena of the result is where they were received, else a copy.
         """
-        if len(self._segment) - self._used[0] < self.count * self.size:
+        if self._room - self._used[0] < self.count * self.size:
             self._begin()
         wait = -1 if timeout is None else max(0, int(timeout * 1000 + 0.999))
         start = self._used[0]
@@ -78,7 +79,7 @@ class Arena:
         total = sum(lengths)
         if keep:
             self._used[0] += total
-            return Received(memoryview(ffi.buffer(self._segment))[start : start + total], lengths, cut, 0)
+            return Received(memoryview(ffi.buffer(self._segment, self._room))[start : start + total], lengths, cut, 0)
         copy = memoryview(bytes(ffi.buffer(here, total)))
         lib.pfk_wipe(here, total)
         return Received(copy, lengths, cut, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 from struct import Struct
 from typing import Any, NamedTuple, cast
@@ -15,7 +16,9 @@ from .constants import Action, Direction, ExtensionType, Level, Mode, PolicyScop
 from .errors import EncodeError
 from .messages import SA, SA2, Address, Algorithm, IPAddress, Key, Lifetime, PolicyExtension, SPIRange, Template
 
-__all__ = ["VALUES", "Blob", "Value", "enum_or_int", "flags_of", "wire_mode"]
+__all__ = [
+    "VALUES", "Blob", "Value", "address_of", "enum_or_int", "flags_of", "lifetime_of", "packed_request", "wire_mode",
+]  # fmt: skip
 
 Value = SA | SA2 | Key | PolicyExtension | SPIRange | tuple[Algorithm, ...] | RareValue | bytes
 
@@ -26,6 +29,8 @@ def _table(kind: type[Any]) -> dict[int, Any]:
 
 _STATES, _LEVELS = _table(SAState), _table(Level)
 _PROTOCOLS, _ACTIONS, _DIRECTIONS, _SCOPES = _table(SAProtocol), _table(Action), _table(Direction), _table(PolicyScope)
+# End points and limits repeat from SA to SA; values do not change, so that many messages may share one.
+_REMEMBERED = 4096
 _ALGORITHM = {"little": Struct("<BBHHH"), "big": Struct(">BBHHH")}
 
 
@@ -95,21 +100,31 @@ def _write_sa(value: SA, record: bytearray, blob: Blob, which: int) -> None:
     layout.SA.write(record, 0, value.spi, value.replay, value.state, value.auth, value.encrypt, flags)
 
 
-def _read_lifetime(record: bytes, data: bytes, abi: Abi, which: int) -> Lifetime:
-    size, addtime, usetime, allocations, _ = cast("tuple[int, ...]", layout.LIFETIME.read(record, which))
+@lru_cache(_REMEMBERED)
+def lifetime_of(fields: bytes) -> Lifetime:
+    """The value of this part of a record."""
+    size, addtime, usetime, allocations, _ = cast("tuple[int, ...]", layout.LIFETIME.unpack(fields))
     return Lifetime(allocations, size, addtime, usetime)
+
+
+def _read_lifetime(record: bytes, data: bytes, abi: Abi, which: int) -> Lifetime:
+    return lifetime_of(layout.LIFETIME.part(record, which))
 
 
 def _write_lifetime(value: Lifetime, record: bytearray, blob: Blob, which: int) -> None:
     layout.LIFETIME.write(record, which, value.bytes, value.addtime, value.usetime, value.allocations, 0)
 
 
-def _read_address(record: bytes, data: bytes, abi: Abi, which: int) -> Address:
-    protocol, prefixlen, _, port, version, _, flowinfo, scope_id, raw, _ = cast(
-        "Any", layout.ADDRESS.read(record, which)
-    )
+@lru_cache(_REMEMBERED)
+def address_of(fields: bytes) -> Address:
+    """The value of this part of a record."""
+    protocol, prefixlen, _, port, version, _, flowinfo, scope_id, raw, _ = cast("Any", layout.ADDRESS.unpack(fields))
     address: IPAddress = IPv4Address(raw[:4]) if version == 4 else IPv6Address(raw)
     return Address(address, prefixlen, protocol, port, scope_id, flowinfo)
+
+
+def _read_address(record: bytes, data: bytes, abi: Abi, which: int) -> Address:
+    return address_of(layout.ADDRESS.part(record, which))
 
 
 def _write_address(value: Address, record: bytearray, blob: Blob, which: int) -> None:
@@ -212,7 +227,7 @@ def _read_policy(record: bytes, data: bytes, abi: Abi, which: int) -> PolicyExte
 
 
 def _write_policy(value: PolicyExtension, record: bytearray, blob: Blob, which: int) -> None:
-    requests = b"".join(_request(template, blob.abi) for template in value.templates)
+    requests = b"".join(packed_request(template, blob.abi) for template in value.templates)
     scope = value.scope if blob.abi.has_scope else 0
     priority = value.priority if blob.abi.has_priority else 0
     layout.POLICY.write(record, 0, value.action, value.direction, scope, value.id, priority, *blob.part(requests))
@@ -260,36 +275,44 @@ def _sockaddr(data: bytes, at: int, abi: Abi) -> IPAddress:
     return IPv6Address(data[at + 8 : at + 24])
 
 
-def _request(template: Template, abi: Abi) -> bytes:
-    addresses = b""
-    if template.source is not None and template.destination is not None:
-        if template.source.version != template.destination.version:
+@lru_cache(64)
+def _request_layout(byteorder: str, size: int, version: int, has_length: bool) -> Struct:
+    """A whole request: its head, and two sockaddrs of this version (0: none)."""
+    head = "HHBBH" if size == 8 else "HHBBHII"
+    sockaddr = ("BB" if has_length else "H") + {0: "", 4: "2x4s8x", 6: "6x16s4x"}[version]
+    ends = 2 * sockaddr if version else ""
+    padding = -(struct.calcsize(f"<{head}{ends}")) % 8
+    return Struct(("<" if byteorder == "little" else ">") + head + ends + f"{padding}x")
+
+
+def packed_request(template: Template, abi: Abi) -> bytes:
+    """A template as struct sadb_x_ipsecrequest and the addresses behind it.
+
+    Raises EncodeError when the wire cannot carry it.
+    """
+    source, destination, reqid = template.source, template.destination, template.reqid
+    ends: tuple[Any, ...] = ()
+    version = 0
+    if source is not None and destination is not None:
+        first, second = source.packed, destination.packed
+        if len(first) != len(second):
             raise EncodeError(f"the two ends of {template} are of different address families")
-        addresses = _packed_sockaddr(template.source, abi) + _packed_sockaddr(template.destination, abi)
-    elif template.source is not None or template.destination is not None:
+        length, version, family = (16, 4, abi.af_inet) if len(first) == 4 else (28, 6, abi.af_inet6)
+        how = (length, family) if abi.sockaddr_has_length else (family,)
+        ends = (*how, first, *how, second)
+    elif source is not None or destination is not None:
         raise EncodeError(f"{template} has one end point; give both or none")
-    addresses += bytes(-len(addresses) % 8)
-    if abi.request_size == 8 and template.reqid > 0xFFFF:
+    if abi.request_size == 8 and reqid > 0xFFFF:
         raise EncodeError(
-            f"reqid {template.reqid} of {template} does not fit: {abi} has 16 bits for it in a policy;"
+            f"reqid {reqid} of {template} does not fit: {abi} has 16 bits for it in a policy;"
             f" use one up to {abi.maximum_reqid}"
         )
-    reqid = (template.reqid,) if abi.request_size == 8 else (0, template.reqid, 0)
+    form = _request_layout(abi.byteorder, abi.request_size, version, abi.sockaddr_has_length)
+    last = (reqid,) if abi.request_size == 8 else (0, reqid, 0)
     try:
-        head = _REQUEST[abi.byteorder, abi.request_size].pack(
-            abi.request_size + len(addresses), template.protocol, wire_mode(template.mode), template.level, *reqid
-        )
+        return form.pack(form.size, template.protocol, wire_mode(template.mode), template.level, *last, *ends)
     except struct.error as error:
         raise EncodeError(f"a number in {template} does not fit its field: {error}") from None
-    return head + addresses
-
-
-def _packed_sockaddr(address: IPAddress, abi: Abi) -> bytes:
-    length, family = (16, abi.af_inet) if address.version == 4 else (28, abi.af_inet6)
-    head = bytes((length, family)) if abi.sockaddr_has_length else family.to_bytes(2, abi.byteorder)
-    if address.version == 4:
-        return head + bytes(2) + address.packed + bytes(8)
-    return head + bytes(6) + address.packed + bytes(4)
 
 
 class _Form(NamedTuple):

@@ -130,7 +130,7 @@ class Abi:
     def _release_text(self) -> str:
         return " " + ".".join(map(str, self.release)) if self.release else ""
 
-    @property
+    @cached_property
     def _identity(self) -> tuple[object, ...]:
         return (self.name, self.release, self.byteorder)
 

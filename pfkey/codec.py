@@ -3,35 +3,44 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from . import _record as layout
 from ._core import ffi, lib
 from ._rare import RARE
-from ._values import VALUES, Blob, Value, enum_or_int
+from ._values import VALUES, Blob, Value, address_of, lifetime_of
 from .abi import Abi
 from .constants import PF_KEY_V2, ExtensionType, MessageType, Mode, SAState, SAType
 from .errors import DecodeError, EncodeError
-from .messages import SA, SA2, Address, Lifetime, PolicyExtension
+from .messages import SA, SA2, PolicyExtension
 
 __all__ = ["Message", "Value", "core_abi", "core_slots", "decode", "decode_error", "encode", "made"]
 
 if ffi.sizeof("struct pfk_record") != layout.SIZE:
     raise ImportError("the compiled core and _record.py do not describe the same record; build the package again")
 
+T = TypeVar("T")
+
 _SATYPES: dict[int, SAType] = {int(kind): kind for kind in SAType}
 _HEADER_FIELDS = ("version", "type", "errno", "satype", "length", "reserved", "seq", "pid")
 _NO_COUNTS = bytes(layout.COUNTS.size)
 
 
+_OUT = 8192
+"""Room for a message under construction; a longer one gets a buffer of its own."""
+
+
 class _Scratch:
     """Buffers for one call of the core.  cffi releases the GIL, so no two threads may use the same."""
 
-    __slots__ = ("fault", "record", "view")
+    __slots__ = ("characters", "fault", "out", "record", "view")
 
     def __init__(self) -> None:
+        self.out = ffi.new("uint8_t[]", _OUT)
+        self.characters = ffi.cast("char *", self.out)
         self.record = ffi.new("struct pfk_record *")
         self.view = ffi.buffer(self.record)
         self.fault = ffi.new("struct pfk_fault *")
@@ -64,6 +73,37 @@ def core_abi(abi: Abi) -> Any:
         core.slot[number] = slot
     _core_abis[id(abi)] = (core, abi)
     return core
+
+
+# Where single fields lie in the record, for those that are read most.
+
+
+def _bit(kind: ExtensionType) -> tuple[int, int]:
+    """The byte of `present` that has the bit of this slot, and the bit there."""
+    number = layout.SLOTS[kind].number
+    byte = number // 8 if sys.byteorder == "little" else 3 - number // 8
+    return layout.COUNTS.offset + byte, 1 << number % 8
+
+
+_SA_BYTE, _SA_BIT = _bit(ExtensionType.SA)
+_SA2_BYTE, _SA2_BIT = _bit(ExtensionType.SA2)
+_SPI = struct.Struct("=I").unpack_from
+_SPI_AT, _STATE_AT = layout.COLUMNS["spi"].offset, layout.COLUMNS["state"].offset
+_MODE_AT, _REQID_AT = layout.COLUMNS["mode"].offset, layout.COLUMNS["reqid"].offset
+_STATES = {int(state): state for state in SAState}
+
+
+def _part(kind: ExtensionType, group: layout.Group, make: Callable[[bytes], T], text: str) -> T | None:
+    """A property whose value is made of one part of the record."""
+    byte, bit = _bit(kind)
+    start = group.offset + layout.SLOTS[kind].which * group.size
+    end = start + group.size
+
+    def read(self: Message) -> T | None:
+        record = self._record
+        return make(record[start:end]) if record[byte] & bit else self.get(kind)
+
+    return cast("T | None", property(read, doc=text))
 
 
 class Message:
@@ -218,7 +258,7 @@ class Message:
         offset, length = cast("tuple[int, int]", layout.BODY.read(self._record))
         return self._data[offset : offset + length]
 
-    # Shorthands; None where the message does not have it.
+    # Shorthands; None where the message does not have it, bytes where an error reply echoes what cannot be read.
 
     @property
     def sa(self) -> SA | None:
@@ -233,36 +273,29 @@ class Message:
     @property
     def spi(self) -> int | None:
         """The SPI of the SA, as a number."""
-        return cast("int", layout.SA.read(self._record)[0]) if self._has(ExtensionType.SA) else None
+        record = self._record
+        return _SPI(record, _SPI_AT)[0] if record[_SA_BYTE] & _SA_BIT else None
 
     @property
     def state(self) -> SAState | int | None:
         """The state of the SA."""
-        if not self._has(ExtensionType.SA):
-            return None
-        return cast("SAState | int", enum_or_int(_STATES, cast("int", layout.SA.read(self._record)[2])))
+        record = self._record
+        return _STATES.get(record[_STATE_AT], record[_STATE_AT]) if record[_SA_BYTE] & _SA_BIT else None
 
     @property
     def mode(self) -> Mode | int | None:
         """The mode of the SA."""
-        if not self._has(ExtensionType.SA2):
-            return None
-        return cast("Mode | int", enum_or_int(self.abi.modes, cast("int", layout.SA2.read(self._record)[0])))
+        record = self._record
+        return self.abi.modes.get(record[_MODE_AT], record[_MODE_AT]) if record[_SA2_BYTE] & _SA2_BIT else None
 
     @property
     def reqid(self) -> int | None:
         """The reqid of the SA."""
-        return cast("int", layout.SA2.read(self._record)[4]) if self._has(ExtensionType.SA2) else None
+        record = self._record
+        return _SPI(record, _REQID_AT)[0] if record[_SA2_BYTE] & _SA2_BIT else None
 
-    @property
-    def source(self) -> Address | None:
-        """SADB_EXT_ADDRESS_SRC."""
-        return cast("Address | None", self.get(ExtensionType.ADDRESS_SRC))
-
-    @property
-    def destination(self) -> Address | None:
-        """SADB_EXT_ADDRESS_DST."""
-        return cast("Address | None", self.get(ExtensionType.ADDRESS_DST))
+    source = _part(ExtensionType.ADDRESS_SRC, layout.ADDRESS, address_of, "SADB_EXT_ADDRESS_SRC.")
+    destination = _part(ExtensionType.ADDRESS_DST, layout.ADDRESS, address_of, "SADB_EXT_ADDRESS_DST.")
 
     @property
     def policy(self) -> PolicyExtension | None:
@@ -271,20 +304,9 @@ class Message:
             cast("PolicyExtension | None", self.get(ExtensionType.POLICY)) if self._has(ExtensionType.POLICY) else None
         )
 
-    @property
-    def lifetime_current(self) -> Lifetime | None:
-        """SADB_EXT_LIFETIME_CURRENT."""
-        return cast("Lifetime | None", self.get(ExtensionType.LIFETIME_CURRENT))
-
-    @property
-    def lifetime_hard(self) -> Lifetime | None:
-        """SADB_EXT_LIFETIME_HARD."""
-        return cast("Lifetime | None", self.get(ExtensionType.LIFETIME_HARD))
-
-    @property
-    def lifetime_soft(self) -> Lifetime | None:
-        """SADB_EXT_LIFETIME_SOFT."""
-        return cast("Lifetime | None", self.get(ExtensionType.LIFETIME_SOFT))
+    lifetime_current = _part(ExtensionType.LIFETIME_CURRENT, layout.LIFETIME, lifetime_of, "SADB_EXT_LIFETIME_CURRENT.")
+    lifetime_hard = _part(ExtensionType.LIFETIME_HARD, layout.LIFETIME, lifetime_of, "SADB_EXT_LIFETIME_HARD.")
+    lifetime_soft = _part(ExtensionType.LIFETIME_SOFT, layout.LIFETIME, lifetime_of, "SADB_EXT_LIFETIME_SOFT.")
 
     # Below the surface.
 
@@ -340,13 +362,13 @@ class Message:
         return f"{text} [{' '.join(names)}] {self.abi}>"
 
 
-_STATES = {int(state): state for state in SAState}
-
-
 def made(abi: Abi, record: bytes, data: bytes) -> Message:
     """The message of a record of the core and the bytes that its variable parts lie in."""
-    message = Message.__new__(Message)
-    message._fill(abi, record, data)
+    message = _new(Message)
+    _set_abi(message, abi)
+    _set_record(message, record)
+    _set_data(message, data)
+    _set_cache(message, None)
     return message
 
 
@@ -400,15 +422,31 @@ def encode(message: Message) -> bytes:
     Raises EncodeError when the message is longer than its length field can say.
     """
     data = message._data
-    capacity = len(data) + 16 + 48 * layout.MAXIMUM_EXTENSIONS
-    out = ffi.new("uint8_t[]", capacity)
-    fault = ffi.new("struct pfk_fault *")
+    capacity = len(data) + _MARGIN
+    try:
+        scratch = _scratches.pop()
+    except IndexError:
+        scratch = _Scratch()
+    if capacity <= _OUT:
+        capacity, out, characters = _OUT, scratch.out, scratch.characters
+    else:
+        out = ffi.new("uint8_t[]", capacity)
+        characters = ffi.cast("char *", out)
+    fault = scratch.fault
     length = lib.pfk_encode(core_abi(message.abi), message._record, data, len(data), out, capacity, fault)
     if not length:
-        raise EncodeError(f"{_type_name(message)}: {_reason(fault.reason)} (extension {fault.extension})")
-    encoded = bytes(ffi.buffer(out, length))
+        error = EncodeError(f"{_type_name(message)}: {_reason(fault.reason)} (extension {fault.extension})")
+        lib.pfk_wipe(out, capacity)
+        _scratches.append(scratch)
+        raise error
+    encoded: bytes = _unpack(characters, length)
     lib.pfk_wipe(out, length)
+    _scratches.append(scratch)
     return encoded
+
+
+_MARGIN = 16 + 48 * layout.MAXIMUM_EXTENSIONS
+_unpack = ffi.unpack
 
 
 def decode(data: bytes | bytearray | memoryview, abi: Abi) -> Message:

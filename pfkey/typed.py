@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 from typing import Any
 
+from . import _direct
+from ._values import packed_request, wire_mode
 from .abi import Abi
-from .codec import Message
+from .codec import Message, made
 from .constants import Direction, ExtensionType, MessageType, SAProtocol, SAType, UpperProtocol
 from .errors import DecodeError, EncodeError, NotSupported
 from .messages import (
@@ -22,6 +24,7 @@ from .messages import (
     PolicyExtension,
     SecurityAssociation,
     Selector,
+    Template,
 )
 
 __all__ = [
@@ -41,6 +44,8 @@ SATYPE_OF = {
     SAProtocol.IPCOMP: SAType.IPCOMP,
     SAProtocol.TCPSIGNATURE: SAType.TCPSIGNATURE,
 }
+_SATYPES = {int(protocol): int(satype) for protocol, satype in SATYPE_OF.items()}
+_ESP = int(SAType.ESP)
 PROTOCOL_OF = {satype: protocol for protocol, satype in SATYPE_OF.items()}
 _ICMP = (UpperProtocol.ICMP, UpperProtocol.ICMPV6)
 _WHOLE = (MessageType.ADD, MessageType.UPDATE)
@@ -67,10 +72,17 @@ def policy_message(type: MessageType, policy: Policy, abi: Abi, *, with_template
 
     A priority is left out where `abi` has none.  Raises EncodeError for what the wire cannot carry.
     """
+    templates = policy.templates if with_templates else ()
+    requests = b"".join([packed_request(template, abi) for template in templates])
+    built = _direct.policy(type, policy, requests, abi)
+    return made(abi, *built) if built is not None else _policy_message(type, policy, templates, abi)
+
+
+def _policy_message(type: MessageType, policy: Policy, templates: tuple[Template, ...], abi: Abi) -> Message:
+    """The general way, extension by extension."""
     selector = policy.selector
     protocol = UpperProtocol.ANY if selector.protocol is None else selector.protocol
     source_port, destination_port = selector.wire_ports
-    templates = policy.templates if with_templates else ()
     extensions: dict[ExtensionType | int, Any] = {
         ExtensionType.POLICY: PolicyExtension(
             policy.action, policy.direction, policy.id, policy.priority, templates, policy.scope
@@ -156,6 +168,9 @@ def _algorithm(value: str | int | None, numbers: Mapping[str, int], what: str, a
         return 0
     if isinstance(value, int):
         return value
+    found = numbers.get(value)
+    if found is not None:
+        return found
     if value.lower() not in numbers:
         raise NotSupported(f"{abi} has no {what} algorithm {value!r} in PF_KEY; it has {', '.join(numbers)}")
     return numbers[value.lower()]
@@ -192,27 +207,43 @@ def association_message(type: MessageType, sa: SecurityAssociation, abi: Abi) ->
     A lifetime given without the other gets one without limits: every kernel wants both or neither.  Raises NotSupported
     for an algorithm or a replay window that `abi` does not have, EncodeError for what the wire cannot carry.
     """
-    satype = SATYPE_OF.get(SAProtocol(sa.protocol)) if sa.protocol in SATYPE_OF else None
+    satype = _SATYPES.get(int(sa.protocol))
     if satype is None:
         raise NotSupported(f"protocol {sa.protocol} has no SAs; {', '.join(known.name for known in SATYPE_OF)} have")
-    ends: dict[ExtensionType | int, Any] = {
-        ExtensionType.ADDRESS_SRC: _end(sa.source),
-        ExtensionType.ADDRESS_DST: _end(sa.destination),
-    }
     if type not in _WHOLE:
-        return Message(type, {ExtensionType.SA: SA(sa.spi, state=sa.state)} | ends, abi=abi, satype=satype)
+        extensions = {ExtensionType.SA: SA(sa.spi, state=sa.state)} | _ends(sa)
+        return Message(type, extensions, abi=abi, satype=satype)
+    numbers = _numbers(sa, satype, abi)
+    built = _direct.association(type, sa, numbers, abi)
+    return made(abi, *built) if built is not None else _association_message(type, sa, numbers, abi)
+
+
+def _ends(sa: SecurityAssociation) -> dict[ExtensionType | int, Any]:
+    return {ExtensionType.ADDRESS_SRC: _end(sa.source), ExtensionType.ADDRESS_DST: _end(sa.destination)}
+
+
+def _numbers(sa: SecurityAssociation, satype: int, abi: Abi) -> _direct.Numbers:
+    """What the SA is in the numbers and units of a system."""
     replay, packets = _replay(sa.replay_window, abi)
+    auth, encrypt = _wire_algorithms(sa, abi)
+    # ESP without a key is ESP with the null cipher: kernels want the key extension all the same.
+    with_key = satype == _ESP and sa.encryption is not None
+    return satype, replay, packets, auth, encrypt, wire_mode(sa.mode), with_key
+
+
+def _association_message(type: MessageType, sa: SecurityAssociation, numbers: _direct.Numbers, abi: Abi) -> Message:
+    """The general way, extension by extension."""
+    satype, replay, packets, auth, encrypt, _, with_key = numbers
     extensions: dict[ExtensionType | int, Any] = {
-        ExtensionType.SA: SA(sa.spi, replay, sa.state, *_wire_algorithms(sa, abi), sa.flags)
+        ExtensionType.SA: SA(sa.spi, replay, sa.state, auth, encrypt, sa.flags)
     }
     if packets is not None:
         extensions[ExtensionType.SA_REPLAY] = packets
-    extensions |= {ExtensionType.SA2: SA2(sa.mode, 0, sa.reqid)} | ends
+    extensions |= {ExtensionType.SA2: SA2(sa.mode, 0, sa.reqid)} | _ends(sa)
     if sa.lifetime_hard is not None or sa.lifetime_soft is not None:
         extensions[ExtensionType.LIFETIME_SOFT] = sa.lifetime_soft or Lifetime()
         extensions[ExtensionType.LIFETIME_HARD] = sa.lifetime_hard or Lifetime()
-    # ESP without a key is ESP with the null cipher: kernels want the key extension all the same.
-    if sa.encryption_key or (sa.protocol == SAProtocol.ESP and sa.encryption is not None):
+    if sa.encryption_key or with_key:
         extensions[ExtensionType.KEY_ENCRYPT] = Key(sa.encryption_key)
     if sa.authentication_key:
         extensions[ExtensionType.KEY_AUTH] = Key(sa.authentication_key)
