@@ -7,7 +7,6 @@ system numbers in its own way) and what does not fit its field is left to the ge
 from __future__ import annotations
 
 import struct
-from typing import Any, NamedTuple
 
 from . import _record as layout
 from .abi import Abi
@@ -21,18 +20,14 @@ Built = tuple[bytes, bytes]
 """A record, and the blob that its variable parts lie in."""
 
 
-class _Plan(NamedTuple):
-    """What all records of one shape have in common: their first 128 bytes, and the headers of their extensions."""
+_Plan = tuple[bytes, bytes, Abi]
+"""What all records of one shape have in common: their first 128 bytes, the headers of their extensions, the system."""
 
-    head: bytes
-    blob: bytes
-
-
-_plans: dict[tuple[int, ...], tuple[_Plan, Abi]] = {}
+_plans: dict[tuple[int, ...], _Plan] = {}
 
 
 def _plan(key: tuple[int, ...], abi: Abi, kinds: tuple[X, ...]) -> _Plan:
-    """Make the plan for a key: the message's type, its SA type, the id of `abi` (which is kept beside it), the shape."""
+    """Make the plan for a key: message type, SA type, the id of `abi` (which is kept beside it) and the shape."""
     record = bytearray(layout.SIZE)
     layout.HEADER.write(record, 0, PF_KEY_V2, key[0] & 0xFF, 0, key[1], 0, 0, 0, 0)
     present = sum(1 << layout.SLOTS[kind].number for kind in kinds)
@@ -41,15 +36,16 @@ def _plan(key: tuple[int, ...], abi: Abi, kinds: tuple[X, ...]) -> _Plan:
     layout.OFFSETS.write(record, 0, *range(len(kinds)), *unused)
     layout.VALID.write(record, 0, (1 << len(kinds)) - 1)
     numbers = (abi.extension_numbers[kind].to_bytes(2, abi.byteorder) for kind in kinds)
-    plan = _Plan(bytes(record[: layout.LIFETIME.offset]), b"".join(bytes(2) + number + bytes(4) for number in numbers))
+    blob = b"".join(bytes(2) + number + bytes(4) for number in numbers)
     if len(_plans) > 4096:
         _plans.clear()
-    _plans[key] = plan, abi
+    plan = _plans[key] = bytes(record[: layout.LIFETIME.offset]), blob, abi
     return plan
 
 
 _LIFETIME, _ADDRESS = "3QI4x", "BB2xHBxII16s8x"
-_ASSOCIATION = struct.Struct(f"=128s32x{_LIFETIME * 2}{_ADDRESS * 2}H2xIIH2xII24xI4BIB7xI12xB3xH2xH2x20xI8x")
+_END = "BB4xB9x16s8x"  # an address without a port
+_ASSOCIATION = struct.Struct(f"=128s32x{_LIFETIME * 2}{_END * 2}H2xIIH2xII24xI4BIB7xI12xB3xH2xH2x20xI8x")
 _POLICY = struct.Struct(f"=128s32x{_LIFETIME * 2}{_ADDRESS * 2}96xHBBIIII12x")
 assert _ASSOCIATION.size == _POLICY.size == layout.SIZE
 _NO_LIMIT = Lifetime()
@@ -95,31 +91,34 @@ def association(type: int, sa: SecurityAssociation, numbers: Numbers, abi: Abi) 
         shape |= 4
     if authentication_key:
         shape |= 8
+    nat_type = nat_source = nat_destination = 0
     if nat is not None:
         shape |= 16
-    wide = len(source) == 16
-    scopes = (getattr(sa.source, "scope_id", None), getattr(sa.destination, "scope_id", None)) if wide else (None, None)
-    bits, version = (128, 6) if wide else (32, 4)
-    if scopes != (None, None) or len(destination) != len(source):
+        nat_type, nat_source, nat_destination = nat.type, nat.source_port, nat.destination_port
+    if len(source) == len(destination) == 4:
+        bits, version = 32, 4
+    elif len(source) != len(destination) or sa.source.scope_id or sa.destination.scope_id:  # type: ignore[union-attr]
         return None
-    key = (type, satype, id(abi), shape)
-    found = _plans.get(key)
-    head, blob = found[0] if found is not None else _plan(key, abi, _kinds(shape))
-    at, size = len(blob), len(encryption_key)
-    more = len(authentication_key)
+    else:
+        bits, version = 128, 6
+    key = (int(type), satype, id(abi), shape)  # an enum's hash is slow
+    try:
+        head, blob, _ = _plans[key]
+    except KeyError:
+        head, blob, _ = _plan(key, abi, _kinds(shape))
+    at, size, more = len(blob), len(encryption_key), len(authentication_key)
     try:
         record = _ASSOCIATION.pack(
             head,
             hard.bytes, hard.addtime, hard.usetime, hard.allocations,
             soft.bytes, soft.addtime, soft.usetime, soft.allocations,
-            255, bits, 0, version, 0, 0, source,
-            255, bits, 0, version, 0, 0, destination,
+            255, bits, version, source,
+            255, bits, version, destination,
             8 * more, at + size if more else 0, more,
             8 * size, at if shape & 4 else 0, size,
             sa.spi, replay, sa.state, auth, encrypt, sa.flags,
             mode, sa.reqid,
-            *((nat.type, nat.source_port, nat.destination_port) if nat is not None else (0, 0, 0)),
-            packets or 0,
+            nat_type, nat_source, nat_destination, packets or 0,
         )  # fmt: skip
     except struct.error:
         return None
@@ -136,13 +135,13 @@ def policy(type: int, value: Policy, requests: bytes, abi: Abi) -> Built | None:
     if len(selector.identity) > 8:  # it has a scope
         return None
     soft, hard = value.lifetime_soft, value.lifetime_hard
-    key = (type, 0, id(abi), -1 - (hard is not None) - 2 * (soft is not None))
-    found = _plans.get(key)
-    if found is None:
-        limits: tuple[Any, ...] = (*([X.LIFETIME_HARD] if hard else []), *([X.LIFETIME_SOFT] if soft else []))
-        head, blob = _plan(key, abi, (*_POLICY_KINDS, *limits))
-    else:
-        head, blob = found[0]
+    key = (int(type), 0, id(abi), -1 - (hard is not None) - 2 * (soft is not None))
+    try:
+        head, blob, _ = _plans[key]
+    except KeyError:
+        limits = [X.LIFETIME_HARD] if hard is not None else []
+        limits += [X.LIFETIME_SOFT] if soft is not None else []
+        head, blob, _ = _plan(key, abi, (*_POLICY_KINDS, *limits))
     soft, hard = soft or _NO_LIMIT, hard or _NO_LIMIT
     try:
         record = _POLICY.pack(

@@ -276,13 +276,15 @@ def _sockaddr(data: bytes, at: int, abi: Abi) -> IPAddress:
 
 
 @lru_cache(64)
-def _request_layout(byteorder: str, size: int, version: int, has_length: bool) -> Struct:
-    """A whole request: its head, and two sockaddrs of this version (0: none)."""
-    head = "HHBBH" if size == 8 else "HHBBHII"
-    sockaddr = ("BB" if has_length else "H") + {0: "", 4: "2x4s8x", 6: "6x16s4x"}[version]
+def _request_layout(abi: Abi, address_size: int) -> tuple[Struct, tuple[int, ...]]:
+    """A whole request, its head and two sockaddrs of this address size (0: none), and how a sockaddr begins."""
+    head = "HHBBH" if abi.request_size == 8 else "HHBBHII"
+    version, length, family = {0: (0, 0, 0), 4: (4, 16, abi.af_inet), 16: (6, 28, abi.af_inet6)}[address_size]
+    begin = (length, family) if abi.sockaddr_has_length else (family,)
+    sockaddr = ("BB" if abi.sockaddr_has_length else "H") + {0: "", 4: "2x4s8x", 6: "6x16s4x"}[version]
     ends = 2 * sockaddr if version else ""
-    padding = -(struct.calcsize(f"<{head}{ends}")) % 8
-    return Struct(("<" if byteorder == "little" else ">") + head + ends + f"{padding}x")
+    padding = -struct.calcsize(f"<{head}{ends}") % 8
+    return Struct(("<" if abi.byteorder == "little" else ">") + head + ends + f"{padding}x"), begin
 
 
 def packed_request(template: Template, abi: Abi) -> bytes:
@@ -290,27 +292,29 @@ def packed_request(template: Template, abi: Abi) -> bytes:
 
     Raises EncodeError when the wire cannot carry it.
     """
-    source, destination, reqid = template.source, template.destination, template.reqid
+    source, destination, reqid, mode = template.source, template.destination, template.reqid, template.mode
     ends: tuple[Any, ...] = ()
-    version = 0
     if source is not None and destination is not None:
         first, second = source.packed, destination.packed
         if len(first) != len(second):
             raise EncodeError(f"the two ends of {template} are of different address families")
-        length, version, family = (16, 4, abi.af_inet) if len(first) == 4 else (28, 6, abi.af_inet6)
-        how = (length, family) if abi.sockaddr_has_length else (family,)
-        ends = (*how, first, *how, second)
+        form, begin = _request_layout(abi, len(first))
+        ends = (*begin, first, *begin, second)
     elif source is not None or destination is not None:
         raise EncodeError(f"{template} has one end point; give both or none")
-    if abi.request_size == 8 and reqid > 0xFFFF:
-        raise EncodeError(
-            f"reqid {reqid} of {template} does not fit: {abi} has 16 bits for it in a policy;"
-            f" use one up to {abi.maximum_reqid}"
-        )
-    form = _request_layout(abi.byteorder, abi.request_size, version, abi.sockaddr_has_length)
-    last = (reqid,) if abi.request_size == 8 else (0, reqid, 0)
+    else:
+        form, _ = _request_layout(abi, 0)
+    if isinstance(mode, Mode):
+        mode &= 0xFF
     try:
-        return form.pack(form.size, template.protocol, wire_mode(template.mode), template.level, *last, *ends)
+        if abi.request_size == 16:
+            return form.pack(form.size, template.protocol, mode, template.level, 0, reqid, 0, *ends)
+        if reqid > 0xFFFF:
+            raise EncodeError(
+                f"reqid {reqid} of {template} does not fit: {abi} has 16 bits for it in a policy;"
+                f" use one up to {abi.maximum_reqid}"
+            )
+        return form.pack(form.size, template.protocol, mode, template.level, reqid, *ends)
     except struct.error as error:
         raise EncodeError(f"a number in {template} does not fit its field: {error}") from None
 

@@ -116,12 +116,14 @@ class Abi:
     """The largest message the kernel takes, in bytes."""
 
     def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
         if not isinstance(other, Abi):
             return NotImplemented
         return self._identity == other._identity
 
     def __hash__(self) -> int:
-        return hash(self._identity)
+        return self._hash
 
     def __str__(self) -> str:
         return f"{_TITLES[self.name]}{self._release_text}"
@@ -129,6 +131,10 @@ class Abi:
     @property
     def _release_text(self) -> str:
         return " " + ".".join(map(str, self.release)) if self.release else ""
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self._identity)
 
     @cached_property
     def _identity(self) -> tuple[object, ...]:

@@ -123,7 +123,7 @@ class Message:
     abi: Abi
     _record: bytes
     _data: bytes
-    _cache: Mapping[ExtensionType | int, Value] | None
+    _cache: Mapping[ExtensionType | int, Value]
 
     def __init__(
         self,
@@ -160,7 +160,6 @@ class Message:
         give(self, "abi", abi)
         give(self, "_record", record)
         give(self, "_data", data)
-        give(self, "_cache", None)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Message does not change; use replace() or make another one instead of setting {name}")
@@ -217,14 +216,16 @@ class Message:
     @property
     def extensions(self) -> Mapping[ExtensionType | int, Value]:
         """What it carries, in the order of the wire."""
-        if self._cache is None:
+        try:
+            return self._cache
+        except AttributeError:  # it is asked for the first time
             known = self.abi.extensions
             values = {
                 known.get(number, number): self._value(number, offset, position)
                 for position, (number, offset) in enumerate(self._walk())
             }
             object.__setattr__(self, "_cache", MappingProxyType(values))
-        return cast("Mapping[ExtensionType | int, Value]", self._cache)
+            return self._cache
 
     def get(self, kind: ExtensionType | int) -> Any:
         """The value of one extension, or None; the others are not made."""
@@ -368,7 +369,6 @@ def made(abi: Abi, record: bytes, data: bytes) -> Message:
     _set_abi(message, abi)
     _set_record(message, record)
     _set_data(message, data)
-    _set_cache(message, None)
     return message
 
 
@@ -433,20 +433,24 @@ def encode(message: Message) -> bytes:
         out = ffi.new("uint8_t[]", capacity)
         characters = ffi.cast("char *", out)
     fault = scratch.fault
-    length = lib.pfk_encode(core_abi(message.abi), message._record, data, len(data), out, capacity, fault)
+    try:
+        core = _core_abis[id(message.abi)][0]
+    except KeyError:
+        core = core_abi(message.abi)
+    length = _encode(core, message._record, data, len(data), out, capacity, fault)
     if not length:
         error = EncodeError(f"{_type_name(message)}: {_reason(fault.reason)} (extension {fault.extension})")
         lib.pfk_wipe(out, capacity)
         _scratches.append(scratch)
         raise error
     encoded: bytes = _unpack(characters, length)
-    lib.pfk_wipe(out, length)
+    _wipe(out, length)
     _scratches.append(scratch)
     return encoded
 
 
 _MARGIN = 16 + 48 * layout.MAXIMUM_EXTENSIONS
-_unpack = ffi.unpack
+_unpack, _encode, _decode, _wipe = ffi.unpack, lib.pfk_encode, lib.pfk_decode, lib.pfk_wipe
 
 
 def decode(data: bytes | bytearray | memoryview, abi: Abi) -> Message:
@@ -462,7 +466,11 @@ def decode(data: bytes | bytearray | memoryview, abi: Abi) -> Message:
     except IndexError:
         scratch = _Scratch()
     fault = scratch.fault
-    if lib.pfk_decode(core_abi(abi), data, len(data), scratch.record, fault):
+    try:
+        core = _core_abis[id(abi)][0]
+    except KeyError:
+        core = core_abi(abi)
+    if _decode(core, data, len(data), scratch.record, fault):
         error = decode_error(fault, abi)
         _scratches.append(scratch)
         raise error
@@ -472,7 +480,6 @@ def decode(data: bytes | bytearray | memoryview, abi: Abi) -> Message:
     _set_abi(message, abi)
     _set_record(message, record)
     _set_data(message, data)
-    _set_cache(message, None)
     return message
 
 
@@ -481,7 +488,6 @@ _new = Message.__new__
 _set_abi = Message.__dict__["abi"].__set__
 _set_record = Message.__dict__["_record"].__set__
 _set_data = Message.__dict__["_data"].__set__
-_set_cache = Message.__dict__["_cache"].__set__
 
 
 def _reason(number: int) -> str:

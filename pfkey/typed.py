@@ -45,7 +45,7 @@ SATYPE_OF = {
     SAProtocol.TCPSIGNATURE: SAType.TCPSIGNATURE,
 }
 _SATYPES = {int(protocol): int(satype) for protocol, satype in SATYPE_OF.items()}
-_ESP = int(SAType.ESP)
+_ESP, _IPCOMP = int(SAType.ESP), int(SAType.IPCOMP)
 PROTOCOL_OF = {satype: protocol for protocol, satype in SATYPE_OF.items()}
 _ICMP = (UpperProtocol.ICMP, UpperProtocol.ICMPV6)
 _WHOLE = (MessageType.ADD, MessageType.UPDATE)
@@ -166,11 +166,10 @@ def _lifetime(message: Message, kind: ExtensionType) -> Lifetime | None:
 def _algorithm(value: str | int | None, numbers: Mapping[str, int], what: str, abi: Abi) -> int:
     if value is None:
         return 0
+    if value in numbers:
+        return numbers[value]  # type: ignore[index]
     if isinstance(value, int):
         return value
-    found = numbers.get(value)
-    if found is not None:
-        return found
     if value.lower() not in numbers:
         raise NotSupported(f"{abi} has no {what} algorithm {value!r} in PF_KEY; it has {', '.join(numbers)}")
     return numbers[value.lower()]
@@ -186,15 +185,6 @@ def _replay(window: int, abi: Abi) -> tuple[int, int | None]:
         return window, None
     octets = (window + 7) // 8
     return min(octets, 255), window if octets > 255 else None
-
-
-def _wire_algorithms(sa: SecurityAssociation, abi: Abi) -> tuple[int, int]:
-    if sa.protocol == SAProtocol.IPCOMP:
-        return 0, _algorithm(sa.compression, abi.compression, "compression", abi)
-    return (
-        _algorithm(sa.authentication, abi.authentication, "authentication", abi),
-        _algorithm(sa.encryption, abi.encryption, "encryption", abi),
-    )
 
 
 def _end(address: IPAddress) -> Address:
@@ -224,8 +214,15 @@ def _ends(sa: SecurityAssociation) -> dict[ExtensionType | int, Any]:
 
 def _numbers(sa: SecurityAssociation, satype: int, abi: Abi) -> _direct.Numbers:
     """What the SA is in the numbers and units of a system."""
-    replay, packets = _replay(sa.replay_window, abi)
-    auth, encrypt = _wire_algorithms(sa, abi)
+    if abi.replay_in_bytes or sa.replay_window > abi.maximum_replay_window:
+        replay, packets = _replay(sa.replay_window, abi)
+    else:
+        replay, packets = sa.replay_window, None
+    if satype == _IPCOMP:
+        auth, encrypt = 0, _algorithm(sa.compression, abi.compression, "compression", abi)
+    else:
+        auth = _algorithm(sa.authentication, abi.authentication, "authentication", abi)
+        encrypt = _algorithm(sa.encryption, abi.encryption, "encryption", abi)
     # ESP without a key is ESP with the null cipher: kernels want the key extension all the same.
     with_key = satype == _ESP and sa.encryption is not None
     return satype, replay, packets, auth, encrypt, wire_mode(sa.mode), with_key
