@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import accumulate
+from operator import itemgetter
 from typing import Any, Generic, NamedTuple, TypeVar, cast, overload
 
 from . import _record as layout
@@ -105,7 +106,7 @@ class Messages(Sequence[Message]):
         self._bases = bases
         self._lengths = lengths
         self._records = records
-        self._view = ffi.buffer(records)
+        self._view = ffi.buffer(records, len(lengths) * layout.SIZE)
         self._starts: array[int] | None = None
 
     def __len__(self) -> int:
@@ -153,9 +154,7 @@ class Messages(Sequence[Message]):
             raise ValueError(f"name the columns to select: {', '.join(self.COLUMNS)}")
         fields, order = _layout(columns)
         rows = fields.iter_unpack(self._view)
-        if order == tuple(range(len(columns))):
-            return rows
-        return (tuple(map(row.__getitem__, order)) for row in rows)
+        return rows if order == tuple(range(len(columns))) else map(itemgetter(*order), rows)
 
     def column(self, name: str) -> memoryview:
         """One column as a buffer, which numpy takes without a copy.
@@ -189,7 +188,7 @@ class Messages(Sequence[Message]):
             ]
             parts.append(self[index]._data)
         batch = Batch.of(parts)
-        return Messages(self.abi, [batch.arena], [0], batch.lengths, _trimmed(records, len(indices)))
+        return Messages(self.abi, [batch.arena], [0], batch.lengths, records)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, (str, bytes)):
@@ -202,12 +201,28 @@ class Messages(Sequence[Message]):
         return f"<{len(self)} messages of {self.abi}>"
 
 
-def _trimmed(records: Any, count: int) -> Any:
-    """An array of no records is one of length 0 for whoever looks at its buffer."""
-    return records if count else ffi.new("struct pfk_record[]", 0)
-
-
 _allocate = ffi.new_allocator(should_clear_after_alloc=False)  # the core writes every byte of a record
+_SPARE = 8 << 20
+_spare: list[tuple[int, Any]] = []
+
+
+def _records(count: int) -> Any:
+    """An array for at least so many records.
+
+    One that nobody looks at any more is used again: the memory of a new one costs more than decoding into it.
+    """
+    try:
+        room, owner = _spare.pop()
+    except IndexError:
+        room, owner = -1, None
+    if room < count:
+        room, owner = count, _allocate("struct pfk_record[]", count)
+    return ffi.gc(owner, lambda array: _keep(room, array))
+
+
+def _keep(room: int, owner: Any) -> None:
+    if not _spare and room * layout.SIZE <= _SPARE:
+        _spare.append((room, owner))
 
 
 def assemble(batches: Sequence[Batch], abi: Abi) -> Messages:
@@ -216,7 +231,7 @@ def assemble(batches: Sequence[Batch], abi: Abi) -> Messages:
     Raises DecodeError, whose text says which message it was.
     """
     count = sum(len(batch.lengths) for batch in batches)
-    records = _allocate("struct pfk_record[]", count)
+    records = _records(count)
     fault = ffi.new("struct pfk_fault *")
     done, base = 0, 0
     bases = []
