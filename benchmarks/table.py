@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from cases import CASES, RATIOS, Case, Ratio
+from cases import CASES, DUMP_ROWS, RATIOS, Case, Ratio
 
 __all__ = ["budget_text", "figure", "markdown", "ratio", "ratio_text", "within"]
 
@@ -52,6 +52,9 @@ def markdown(minima: Minima) -> Iterator[str]:
         if case.name in minima:
             name = case.name + (f" (less {case.minus})" if case.minus else "")
             yield f"| {name} | {_time(figure(case, minima))} | {budget_text(case)} |"
+    for row in DUMP_ROWS.values():
+        if row in minima:
+            yield f"| {row} (each) | {_time(minima[row])} | |"
     yield ""
     yield "| ratio | measured | limit |"
     yield "|---|---|---|"
@@ -70,8 +73,12 @@ def _time(seconds: float) -> str:
 
 def _read(path: Path) -> dict[str, float]:
     operations = {case.name: case.operations for case in CASES}
-    rows = {one["extra_info"]["case"]: one["stats"]["min"] for one in json.loads(path.read_text())["benchmarks"]}
-    return {name: minimum / operations[name] for name, minimum in rows.items() if name in operations}
+    found = json.loads(path.read_text())["benchmarks"]
+    rows = {one["extra_info"]["case"]: one["stats"]["min"] for one in found if "case" in one["extra_info"]}
+    minima = {name: minimum / operations[name] for name, minimum in rows.items() if name in operations}
+    for one in found:
+        minima |= one["extra_info"].get("measured", {})
+    return minima
 
 
 def main(arguments: list[str]) -> int:

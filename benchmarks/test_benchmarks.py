@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+
 import pytest
-from cases import CASES, RATIOS, Case, Ratio
+from cases import CASES, DUMP_ROWS, RATIOS, Case, Ratio
 from pytest_benchmark.fixture import BenchmarkFixture
 from table import budget_text, figure, ratio, ratio_text, within
 
+import pfkey
+
+ROOT = Path(__file__).parent.parent
 MINIMA: dict[str, float] = {}
 """Seconds of one operation, by row, as measured in this run."""
 
@@ -19,6 +26,24 @@ def test_case(case: Case, benchmark: BenchmarkFixture) -> None:
     )
     assert benchmark.stats is not None
     MINIMA[case.name] = benchmark.stats.stats.min / case.operations
+
+
+def test_dump_in_user_mode_linux(benchmark: BenchmarkFixture) -> None:
+    """Boots a real af_key; the figures are those that the script inside measures, not the boot."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from kernel.uml import Unavailable, UserModeLinux
+
+    script = str(ROOT / "benchmarks" / "dump_native.py")
+    environment = {"PYTHONPATH": str(Path(pfkey.__file__).parent.parent)}
+    try:
+        uml = UserModeLinux([sys.executable, script], directory=ROOT, environment=environment)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    with uml:
+        assert benchmark.pedantic(uml.wait, (300,), rounds=1, iterations=1) == 0, uml.report()  # type: ignore[no-untyped-call]
+        found = json.loads(uml.output().splitlines()[-1])
+    benchmark.extra_info["measured"] = {row: found[key] for key, row in DUMP_ROWS.items()}
+    MINIMA.update(benchmark.extra_info["measured"])
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.budget], ids=lambda case: case.name)
