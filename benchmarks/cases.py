@@ -32,6 +32,7 @@ from pfkey import (
 )
 from pfkey._core import ffi, lib
 from pfkey.codec import core_abi
+from pfkey.tables import Batch, assemble
 from pfkey.typed import association_from, association_message, policy_message
 
 __all__ = ["CASES", "DUMP_ROWS", "RATIOS", "Case", "Ratio"]
@@ -105,6 +106,12 @@ def c_loop() -> Prepared:
     records, fault = ffi.new("struct pfk_record[]", BATCH), ffi.new("struct pfk_fault *")
     core = core_abi(LINUX)
     return lambda: lib.pfk_decode_many(core, arena, lengths, BATCH, records, fault)
+
+
+def decode_arena() -> Prepared:
+    """As a native dump arrives."""
+    batch = Batch.of([message()] * BATCH)
+    return lambda: assemble([batch], LINUX)
 
 
 COLUMNS = (
@@ -251,6 +258,7 @@ CASES = (
     Case("decode(), one message", decode_one, 1.2e-6),
     Case("decode(), then ten typed attributes", decode_and_read, 4e-6),
     Case("decode_many(), 10,000 messages, nothing made of them", decode_batch, None, BATCH, 1, 300),
+    Case("the same from the arena of a native dump", decode_arena, None, BATCH, 1, 300),
     Case("its table of 10,000, 12 columns as tuples", batch_columns, 250e-9, BATCH, 1, 100),
     Case("decode_many(), 10,000 messages, each made an object", decode_batch_to_messages, 1.5e-6, BATCH, 1, 30),
     Case("decode by hand-written struct", struct_decode),
@@ -278,6 +286,12 @@ RATIOS = (
     Ratio(
         "decode_many() against the C core",
         "decode_many(), 10,000 messages, nothing made of them",
+        "C core, decode all fields (the limit)",
+        at_most=1.5,
+    ),
+    Ratio(
+        "an arena against the C core",
+        "the same from the arena of a native dump",
         "C core, decode all fields (the limit)",
         at_most=1.5,
     ),

@@ -131,9 +131,10 @@ _POLICY_KINDS = (X.POLICY, X.ADDRESS_SRC, X.ADDRESS_DST)
 def policy(type: int, value: Policy, requests: bytes, abi: Abi) -> Built | None:
     """The record of a message about a policy; None when it takes the general way."""
     selector = value.selector
-    version, _, source_bits, _, destination_bits, protocol, source_port, destination_port = selector.identity[:8]
-    if len(selector.identity) > 8:  # it has a scope
+    identity = selector.identity
+    if len(identity) > 8:  # it has a scope
         return None
+    version, _, source_bits, _, destination_bits, protocol, source_port, destination_port = identity
     soft, hard = value.lifetime_soft, value.lifetime_hard
     key = (int(type), 0, id(abi), -1 - (hard is not None) - 2 * (soft is not None))
     try:

@@ -275,16 +275,27 @@ def _sockaddr(data: bytes, at: int, abi: Abi) -> IPAddress:
     return IPv6Address(data[at + 8 : at + 24])
 
 
-@lru_cache(64)
-def _request_layout(abi: Abi, address_size: int) -> tuple[Struct, tuple[int, ...]]:
-    """A whole request, its head and two sockaddrs of this address size (0: none), and how a sockaddr begins."""
+_request_layouts: dict[tuple[int, int], tuple[Struct, tuple[int, ...], Abi]] = {}
+
+
+def _request_layout(abi: Abi, address_size: int) -> tuple[Struct, tuple[int, ...], Abi]:
+    """A whole request, its head and two sockaddrs of this address size (0: none), and how a sockaddr begins.
+
+    The Abi is kept beside them, so that its id stays its own.
+    """
+    try:
+        return _request_layouts[id(abi), address_size]
+    except KeyError:
+        pass
     head = "HHBBH" if abi.request_size == 8 else "HHBBHII"
     version, length, family = {0: (0, 0, 0), 4: (4, 16, abi.af_inet), 16: (6, 28, abi.af_inet6)}[address_size]
     begin = (length, family) if abi.sockaddr_has_length else (family,)
     sockaddr = ("BB" if abi.sockaddr_has_length else "H") + {0: "", 4: "2x4s8x", 6: "6x16s4x"}[version]
     ends = 2 * sockaddr if version else ""
     padding = -struct.calcsize(f"<{head}{ends}") % 8
-    return Struct(("<" if abi.byteorder == "little" else ">") + head + ends + f"{padding}x"), begin
+    form = Struct(("<" if abi.byteorder == "little" else ">") + head + ends + f"{padding}x")
+    made = _request_layouts[id(abi), address_size] = form, begin, abi
+    return made
 
 
 def packed_request(template: Template, abi: Abi) -> bytes:
@@ -298,12 +309,12 @@ def packed_request(template: Template, abi: Abi) -> bytes:
         first, second = source.packed, destination.packed
         if len(first) != len(second):
             raise EncodeError(f"the two ends of {template} are of different address families")
-        form, begin = _request_layout(abi, len(first))
+        form, begin, _ = _request_layout(abi, len(first))
         ends = (*begin, first, *begin, second)
     elif source is not None or destination is not None:
         raise EncodeError(f"{template} has one end point; give both or none")
     else:
-        form, _ = _request_layout(abi, 0)
+        form, _, _ = _request_layout(abi, 0)
     if isinstance(mode, Mode):
         mode &= 0xFF
     try:

@@ -31,7 +31,9 @@ class Batch(NamedTuple):
     def of(cls, datagrams: Iterable[bytes]) -> Batch:
         """What arrived one by one, as a batch."""
         parts = datagrams if isinstance(datagrams, list) else list(datagrams)
-        return cls(b"".join(parts), array("I", map(len, parts)))
+        lengths = array("I")
+        lengths.fromlist(list(map(len, parts)))
+        return cls(b"".join(parts), lengths)
 
     def datagrams(self) -> Iterator[bytes]:
         """Each message by itself."""
