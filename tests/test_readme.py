@@ -33,13 +33,23 @@ def assert_stand_together(part: list[str], whole: list[str]) -> None:
     assert any(whole[at : at + len(part)] == part for at in range(len(whole))), "\n".join(part)
 
 
-def test_the_script_prints_what_the_readme_says() -> None:
-    (script,) = (text for kind, text in BLOCKS if kind == "python")
+SCRIPTS = [text for kind, text in BLOCKS if kind == "python"]
+
+
+@pytest.mark.parametrize("number", range(len(SCRIPTS)))
+def test_the_scripts_print_what_the_readme_says(number: int) -> None:
+    """Each script stands before the text that it prints."""
+    after = BLOCKS[BLOCKS.index(("python", SCRIPTS[number])) + 1]
     root = str(Path(pfkey.__file__).parent.parent)
     ran = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False, cwd=root
+        [sys.executable, "-c", SCRIPTS[number]], capture_output=True, text=True, timeout=60, check=False, cwd=root
     )
-    assert (ran.stdout.splitlines(), ran.stderr) == (block("Change("), "")
+    assert (("text", ran.stdout), ran.stderr) == (after, "")
+
+
+def test_decode_shows_what_the_readme_says(capsys: pytest.CaptureFixture[str]) -> None:
+    command, *shown = block("$ pfkey decode")
+    assert lines(*command.split()[2:], capsys=capsys) == shown
 
 
 def test_the_demo_prints_what_the_readme_says(capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,4 +76,4 @@ def test_the_commands_of_the_readme_exist(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_no_text_block_is_left_unchecked() -> None:
-    assert len(TEXTS) == 4
+    assert len(TEXTS) == 7
