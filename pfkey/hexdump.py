@@ -18,6 +18,9 @@ from .target import UsageError
 
 __all__ = ["read", "run", "split"]
 
+_ENOUGH = 64
+"""So many messages of a stream tell whose they are."""
+
 HIDDEN = "(hidden: --show-keys shows it)"
 
 
@@ -28,17 +31,21 @@ def run(arguments: Namespace) -> int:
     if not messages:
         raise UsageError("there is no message to decode: the input is empty")
     abi, how = (named, "") if named is not None else _guessed(messages)
-    shown = [annotate(data, abi) for data in messages]
+    damaged = False
+    records = []
+    for number, data in enumerate(messages):
+        one = annotate(data, abi)
+        damaged |= one.error is not None
+        if arguments.json:
+            records.append(_record(one, guessed=named is None, show_keys=arguments.show_keys))
+            continue
+        print(f"message {number}: {one.type}, {one.size} bytes ({one.abi}, {one.abi.byteorder}-endian{how})")
+        print(*_lines(one.rows, show_keys=arguments.show_keys), sep="\n")
+        if one.error is not None:
+            print(f"error: {one.error}")
     if arguments.json:
-        values = [_record(one, guessed=named is None, show_keys=arguments.show_keys) for one in shown]
-        print(json.dumps(values, indent=2))
-    else:
-        for number, one in enumerate(shown):
-            print(f"message {number}: {one.type}, {one.size} bytes ({one.abi}, {one.abi.byteorder}-endian{how})")
-            print(*_lines(one.rows, show_keys=arguments.show_keys), sep="\n")
-            if one.error is not None:
-                print(f"error: {one.error}")
-    return 1 if any(one.error for one in shown) else 0
+        print(json.dumps(records, indent=2))
+    return int(damaged)
 
 
 def _named(name: str | None) -> Abi | None:
@@ -50,7 +57,7 @@ def _named(name: str | None) -> Abi | None:
 
 def _guessed(messages: Sequence[bytes]) -> tuple[Abi, str]:
     """The system that speaks, and how sure that is."""
-    found = guess(messages)
+    found = guess(messages[:_ENOUGH])
     if found.alike:
         first, *others = found.systems
         alike = [one.name for one in others if one.byteorder == first.byteorder]

@@ -139,7 +139,7 @@ class Messages(Sequence[Message]):
         arenas, ends = iter(self._arenas), iter([*self._bases[1:], -1])
         arena, end, start, base, at = b"", 0, 0, 0, 0
         for length in self._lengths:
-            if start == end:
+            while start == end:  # an arena may be empty
                 arena, base, end = next(arenas), start, next(ends)
             data = arena[start - base : start - base + length]
             yield made(abi, view[at : at + size], data if type(data) is bytes else bytes(data))

@@ -141,6 +141,9 @@ def test_several_arenas_make_one_table() -> None:
         assert table == whole
         assert [table[index] for index in range(len(table))] == list(whole)
         assert table.column("seq").tolist() == whole.column("seq").tolist()
+    empty = Batch.of([])
+    table = assemble([empty, Batch.of(datagrams[:2]), empty, Batch.of(datagrams[2:]), empty], LINUX)
+    assert list(table) == [table[index] for index in range(len(table))] == list(whole)
     broken = [Batch.of(datagrams[:3]), Batch.of([datagrams[3], b"\2" + bytes(20)])]
     with pytest.raises(DecodeError, match="message 4 of 5: a message is a multiple of 8"):
         assemble(broken, LINUX)
