@@ -6,6 +6,7 @@ The order is that of `struct pfk_record` in csrc/pfk.h; a test compares every of
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from struct import Struct
 from typing import NamedTuple
@@ -35,6 +36,7 @@ __all__ = [
     "VALID",
     "Column",
     "Group",
+    "presence",
 ]
 
 MAXIMUM_EXTENSIONS = 48
@@ -118,6 +120,13 @@ SLOTS = {
     ExtensionType.POLICY: Slot(16, 0),
     ExtensionType.SA_REPLAY: Slot(17, 0),
 }
+
+
+def presence(kind: ExtensionType) -> tuple[int, int]:
+    """The byte of the record that tells whether this extension is in its slot, and the bit there."""
+    number = SLOTS[kind].number
+    byte = number // 8 if sys.byteorder == "little" else 3 - number // 8
+    return COUNTS.offset + byte, 1 << number % 8
 
 
 class Column(NamedTuple):

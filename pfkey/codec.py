@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
@@ -26,7 +25,6 @@ T = TypeVar("T")
 
 _SATYPES: dict[int, SAType] = {int(kind): kind for kind in SAType}
 _HEADER_FIELDS = ("version", "type", "errno", "satype", "length", "reserved", "seq", "pid")
-_NO_COUNTS = bytes(layout.COUNTS.size)
 
 
 _OUT = 8192
@@ -76,17 +74,8 @@ def core_abi(abi: Abi) -> Any:
 
 
 # Where single fields lie in the record, for those that are read most.
-
-
-def _bit(kind: ExtensionType) -> tuple[int, int]:
-    """The byte of `present` that has the bit of this slot, and the bit there."""
-    number = layout.SLOTS[kind].number
-    byte = number // 8 if sys.byteorder == "little" else 3 - number // 8
-    return layout.COUNTS.offset + byte, 1 << number % 8
-
-
-_SA_BYTE, _SA_BIT = _bit(ExtensionType.SA)
-_SA2_BYTE, _SA2_BIT = _bit(ExtensionType.SA2)
+_SA_BYTE, _SA_BIT = layout.presence(ExtensionType.SA)
+_SA2_BYTE, _SA2_BIT = layout.presence(ExtensionType.SA2)
 _SPI = struct.Struct("=I").unpack_from
 _SPI_AT, _STATE_AT = layout.COLUMNS["spi"].offset, layout.COLUMNS["state"].offset
 _MODE_AT, _REQID_AT = layout.COLUMNS["mode"].offset, layout.COLUMNS["reqid"].offset
@@ -95,7 +84,7 @@ _STATES = {int(state): state for state in SAState}
 
 def _part(kind: ExtensionType, group: layout.Group, make: Callable[[bytes], T], text: str) -> T | None:
     """A property whose value is made of one part of the record."""
-    byte, bit = _bit(kind)
+    byte, bit = layout.presence(kind)
     start = group.offset + layout.SLOTS[kind].which * group.size
     end = start + group.size
 
