@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 from collections import OrderedDict, deque
 from struct import Struct
 
@@ -85,7 +84,7 @@ class Conversation:
     def __init__(self, abi: Abi, *, pid: int | None = None, first_seq: int | None = None) -> None:
         self.abi = abi
         self.pid = os.getpid() if pid is None else pid
-        self._seq = secrets.randbits(32) if first_seq is None else first_seq - 1
+        self._seq = int.from_bytes(os.urandom(4), "little") if first_seq is None else first_seq - 1
         self._pending: dict[int, Request] = {}
         self._ended: OrderedDict[int, MessageType | int] = OrderedDict()
         self._events: deque[Message] = deque(maxlen=_EVENTS)
