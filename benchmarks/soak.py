@@ -1,6 +1,7 @@
 """What only time shows: `python benchmarks/soak.py [--decodes N] [--seconds N]`.
 
-A table of 100,000 SAs fits in 100 MB, memory stays flat over ten million decodes, and two threads decoding for a minute never disagree with one.
+A table of 100,000 SAs fits in 100 MB, memory stays flat over ten million decodes, and two threads decoding for a minute
+never disagree with one.
 """
 
 from __future__ import annotations
