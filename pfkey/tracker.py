@@ -13,7 +13,7 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from .abi import Abi
-from .constants import Action, Direction, Level, Mode, Rank
+from .constants import Action, Direction, Level, Mode, Rank, UpperProtocol
 from .errors import NotSupported, NotTracked
 from .messages import IPAddress, Policy, Selector, Template
 
@@ -31,7 +31,7 @@ class Assignment:
     Assignments are values: equal ones are interchangeable, and a tracker counts them.
     """
 
-    __slots__ = ("_hash", "action", "priority", "rank", "spi", "templates")
+    __slots__ = ("_content", "_hash", "action", "priority", "rank", "spi", "templates")
 
     templates: tuple[Template, ...]
     spi: int | tuple[int, ...]
@@ -39,6 +39,8 @@ class Assignment:
     rank: Rank
     priority: int | None
     _hash: int
+    _content: tuple[Abi, tuple[Action | int, tuple[Request, ...]]] | None
+    """What a kernel stores of it, as it was last worked out, and for which system."""
 
     def __init__(
         self,
@@ -62,6 +64,7 @@ class Assignment:
         give(self, "action", Action(action))
         give(self, "rank", Rank(rank))
         give(self, "priority", priority)
+        give(self, "_content", None)
         give(self, "_hash", hash((templates, spi, action, rank, priority)))
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -122,6 +125,8 @@ def _assignment(
 # Priorities: a class of 200,000 numbers for each rank, and within it the narrower selector in front.
 _BASE = {Rank.PASS: 200000, Rank.REGULAR: 400000, Rank.TRAP: 400000, Rank.FALLBACK: 600000}
 _PREFIX_BIT, _PROTOCOL, _PORT = 512, 256, 64
+# By the rank's value: the hash of an enum's member is slow.
+_FIRST = {rank.value: base - (rank is not Rank.TRAP) for rank, base in _BASE.items()}
 
 
 def priority_of(selector: Selector, rank: Rank) -> int:
@@ -129,10 +134,14 @@ def priority_of(selector: Selector, rank: Rank) -> int:
 
     ICMP type and code count as ports.  A trap stands one behind what it stands in for.
     """
-    priority = _BASE[rank] - _PREFIX_BIT * (selector.source.network.prefixlen + selector.destination.network.prefixlen)
-    priority -= _PROTOCOL if selector.protocol is not None else 0
-    priority -= _PORT * sum(1 for port in selector.wire_ports if port)
-    return priority - (rank is not Rank.TRAP)
+    return _FIRST[rank._value_] - narrowness(selector)
+
+
+def narrowness(selector: Selector) -> int:
+    """By how much a selector is in front of the widest of its rank."""
+    _, _, source, _, destination, protocol, *ports = selector.identity[:8]
+    narrow = _PREFIX_BIT * (source + destination) + _PORT * (len(ports) - ports.count(0))
+    return narrow + (_PROTOCOL if protocol != UpperProtocol.ANY else 0)
 
 
 class Request(NamedTuple):
@@ -167,12 +176,29 @@ def _request(template: Template, abi: Abi) -> Request:
 
 def image_of(action: Action | int, templates: tuple[Template, ...], priority: int, abi: Abi) -> Image:
     """The image of a policy with this content under `abi`."""
+    action, requests = _content(action, templates, abi)
+    return Image(action, priority if abi.has_priority else 0, requests)
+
+
+def _content(
+    action: Action | int, templates: tuple[Template, ...], abi: Abi
+) -> tuple[Action | int, tuple[Request, ...]]:
+    """All of an image but the priority."""
     if action != Action.IPSEC:
         templates = ()
     elif not templates and abi.empty_ipsec_is_bypass:
         action = Action.NONE
-    requests = tuple(_request(template, abi) for template in templates)
-    return Image(action, priority if abi.has_priority else 0, requests)
+    return action, tuple(_request(template, abi) for template in templates)
+
+
+def _content_of(assignment: Assignment, abi: Abi) -> tuple[Action | int, tuple[Request, ...]]:
+    """The same for an assignment, worked out once."""
+    known = assignment._content
+    if known is not None and known[0] is abi:
+        return known[1]
+    content = _content(assignment.action, assignment.templates, abi)
+    object.__setattr__(assignment, "_content", (abi, content))
+    return content
 
 
 def image_of_policy(policy: Policy, abi: Abi) -> Image:
@@ -263,7 +289,7 @@ class _Entry(NamedTuple):
 class TrackedPolicy:
     """One policy: direction and canonical selector, its assignments in order, and what the kernel holds."""
 
-    __slots__ = ("_entries", "_serial", "_serials", "abi", "direction", "installed", "selector")
+    __slots__ = ("_entries", "_narrowness", "_serial", "_serials", "abi", "direction", "installed", "selector")
 
     def __init__(self, direction: Direction, selector: Selector, abi: Abi) -> None:
         if direction not in abi.directions:
@@ -272,6 +298,7 @@ class TrackedPolicy:
         self.direction = Direction(direction)
         self.selector = selector.canonical()
         self.abi = abi
+        self._narrowness = narrowness(self.selector)
         self.installed = Installed()
         self._entries: list[_Entry] = []
         self._serials: dict[Assignment, deque[int]] = {}
@@ -298,7 +325,8 @@ class TrackedPolicy:
 
     def image(self, assignment: Assignment) -> Image:
         """What the kernel would store for `assignment`."""
-        return image_of(assignment.action, assignment.templates, self._priority(assignment), self.abi)
+        action, requests = _content_of(assignment, self.abi)
+        return Image(action, self._priority(assignment) if self.abi.has_priority else 0, requests)
 
     @property
     def desired(self) -> Image | None:
@@ -341,14 +369,14 @@ class TrackedPolicy:
         return serial
 
     def _entry(self, assignment: Assignment, serial: int) -> _Entry:
-        implied = priority_of(self.selector, assignment.rank)
+        implied = _FIRST[assignment.rank._value_] - self._narrowness
         priority = implied if assignment.priority is None else assignment.priority
         return _Entry(priority, implied, assignment.reqid == 0, -serial, assignment)
 
     def _priority(self, assignment: Assignment) -> int:
         if assignment.priority is not None:
             return assignment.priority
-        return priority_of(self.selector, assignment.rank)
+        return _FIRST[assignment.rank._value_] - self._narrowness
 
     def _used_by(self) -> str:
         count = len(self._entries)
