@@ -303,6 +303,16 @@ def packed_request(template: Template, abi: Abi) -> bytes:
 
     Raises EncodeError when the wire cannot carry it.
     """
+    known = template._packed
+    if known is not None and known[0] == abi.identity:
+        return known[1]
+    packed = _packed_request(template, abi)
+    # A template is sent again at every change of its policy, and does not change itself.
+    object.__setattr__(template, "_packed", (abi.identity, packed))
+    return packed
+
+
+def _packed_request(template: Template, abi: Abi) -> bytes:
     source, destination, reqid, mode = template.source, template.destination, template.reqid, template.mode
     ends: tuple[Any, ...] = ()
     if source is not None and destination is not None:

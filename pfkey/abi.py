@@ -120,7 +120,7 @@ class Abi:
             return True
         if not isinstance(other, Abi):
             return NotImplemented
-        return self._identity == other._identity
+        return self.identity == other.identity
 
     def __hash__(self) -> int:
         return self._hash
@@ -134,10 +134,11 @@ class Abi:
 
     @cached_property
     def _hash(self) -> int:
-        return hash(self._identity)
+        return hash(self.identity)
 
     @cached_property
-    def _identity(self) -> tuple[object, ...]:
+    def identity(self) -> tuple[object, ...]:
+        """What two descriptions of the same system have in common: its name, its release and its byte order."""
         return (self.name, self.release, self.byteorder)
 
     @cached_property

@@ -249,6 +249,8 @@ class Template:
     destination: IPAddress | None = None
     reqid: int = 0
     level: Level | int = -1
+    _packed: tuple[object, bytes] | None = field(default=None, init=False, repr=False, compare=False)
+    """How it lies on the wire, as it was last worked out, and for which system."""
 
     def __post_init__(self) -> None:
         if self.level < 0:

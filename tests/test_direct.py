@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import replace
 from ipaddress import ip_address
 
@@ -105,6 +107,23 @@ def test_policies(policy: Policy, kind: MessageType, abi: Abi) -> None:
 
 
 HERE, THERE = ip_address("192.0.2.1"), ip_address("192.0.2.2")
+
+
+def test_a_template_is_packed_for_each_system_anew() -> None:
+    template = Template.tunnel("2001:db8::1", "2001:db8::2", reqid=7)
+    fresh = {abi: packed_request(Template.tunnel("2001:db8::1", "2001:db8::2", reqid=7), abi) for abi in ABIS}
+    assert len(set(fresh.values())) > 3
+    for _ in range(2):
+        for abi in ABIS:
+            assert packed_request(template, abi) == fresh[abi]
+    for other in (pickle.loads(pickle.dumps(template)), copy.deepcopy(template), replace(template)):
+        assert other == template
+        assert packed_request(other, ABIS[1]) == fresh[ABIS[1]]
+    changed = replace(template, reqid=8)
+    assert packed_request(changed, ABIS[-1]) != fresh[ABIS[-1]]
+    assert "packed" not in repr(template)
+
+
 ESP = SecurityAssociation(HERE, THERE, 1, encryption="aes-cbc", encryption_key=bytes(16))
 RARE = [
     replace(ESP, new_source=ip_address("192.0.2.3")),
