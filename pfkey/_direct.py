@@ -10,15 +10,12 @@ import struct
 
 from . import _record as layout
 from .abi import Abi
+from .codec import Message, made
 from .constants import PF_KEY_V2
 from .constants import ExtensionType as X
 from .messages import Lifetime, Policy, SecurityAssociation
 
-__all__ = ["Built", "Numbers", "association", "policy"]
-
-Built = tuple[bytes, bytes]
-"""A record, and the blob that its variable parts lie in."""
-
+__all__ = ["Numbers", "association", "policy"]
 
 _Plan = tuple[bytes, bytes, Abi]
 """What all records of one shape have in common: their first 128 bytes, the headers of their extensions, the system."""
@@ -73,8 +70,8 @@ def _kinds(shape: int) -> tuple[X, ...]:
     return tuple(kind for bit, kinds in parts if not bit or shape & bit for kind in kinds)
 
 
-def association(type: int, sa: SecurityAssociation, numbers: Numbers, abi: Abi) -> Built | None:
-    """The record of an ADD or an UPDATE; None when it takes the general way."""
+def association(type: int, sa: SecurityAssociation, numbers: Numbers, abi: Abi) -> Message | None:
+    """An ADD or an UPDATE; None when it takes the general way."""
     satype, replay, packets, auth, encrypt, mode, with_key = numbers
     if sa.proxy is not None or sa.new_source is not None or sa.new_destination is not None or abi.flags:
         return None
@@ -101,7 +98,7 @@ def association(type: int, sa: SecurityAssociation, numbers: Numbers, abi: Abi) 
         return None
     else:
         bits, version = 128, 6
-    key = (int(type), satype, id(abi), shape)  # an enum's hash is slow
+    key = (type + 0, satype, id(abi), shape)  # an enum's hash is slow
     try:
         head, blob, _ = _plans[key]
     except KeyError:
@@ -122,21 +119,21 @@ def association(type: int, sa: SecurityAssociation, numbers: Numbers, abi: Abi) 
         )  # fmt: skip
     except struct.error:
         return None
-    return record, blob + encryption_key + authentication_key
+    return made(abi, record, blob + encryption_key + authentication_key)
 
 
 _POLICY_KINDS = (X.POLICY, X.ADDRESS_SRC, X.ADDRESS_DST)
 
 
-def policy(type: int, value: Policy, requests: bytes, abi: Abi) -> Built | None:
-    """The record of a message about a policy; None when it takes the general way."""
+def policy(type: int, value: Policy, requests: bytes, abi: Abi) -> Message | None:
+    """A message about a policy; None when it takes the general way."""
     selector = value.selector
     identity = selector.identity
     if len(identity) > 8:  # it has a scope
         return None
     version, _, source_bits, _, destination_bits, protocol, source_port, destination_port = identity
     soft, hard = value.lifetime_soft, value.lifetime_hard
-    key = (int(type), 0, id(abi), -1 - (hard is not None) - 2 * (soft is not None))
+    key = (type + 0, 0, id(abi), -1 - (hard is not None) - 2 * (soft is not None))
     try:
         head, blob, _ = _plans[key]
     except KeyError:
@@ -156,4 +153,4 @@ def policy(type: int, value: Policy, requests: bytes, abi: Abi) -> Built | None:
         )  # fmt: skip
     except struct.error:
         return None
-    return record, blob + requests
+    return made(abi, record, blob + requests)

@@ -7,10 +7,10 @@ from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 from typing import Any
 
 from . import _direct
-from ._values import packed_request, wire_mode
+from ._values import packed_request
 from .abi import Abi
-from .codec import Message, made
-from .constants import Direction, ExtensionType, MessageType, SAProtocol, SAType, UpperProtocol
+from .codec import Message
+from .constants import Direction, ExtensionType, MessageType, Mode, SAProtocol, SAType, UpperProtocol
 from .errors import DecodeError, EncodeError, NotSupported
 from .messages import (
     SA,
@@ -74,8 +74,7 @@ def policy_message(type: MessageType, policy: Policy, abi: Abi, *, with_template
     """
     templates = policy.templates if with_templates else ()
     requests = b"".join([packed_request(template, abi) for template in templates])
-    built = _direct.policy(type, policy, requests, abi)
-    return made(abi, *built) if built is not None else _policy_message(type, policy, templates, abi)
+    return _direct.policy(type, policy, requests, abi) or _policy_message(type, policy, templates, abi)
 
 
 def _policy_message(type: MessageType, policy: Policy, templates: tuple[Template, ...], abi: Abi) -> Message:
@@ -166,8 +165,9 @@ def _lifetime(message: Message, kind: ExtensionType) -> Lifetime | None:
 def _algorithm(value: str | int | None, numbers: Mapping[str, int], what: str, abi: Abi) -> int:
     if value is None:
         return 0
-    if value in numbers:
-        return numbers[value]  # type: ignore[index]
+    found = numbers.get(value)  # type: ignore[arg-type]
+    if found is not None:
+        return found
     if isinstance(value, int):
         return value
     if value.lower() not in numbers:
@@ -197,15 +197,14 @@ def association_message(type: MessageType, sa: SecurityAssociation, abi: Abi) ->
     A lifetime given without the other gets one without limits: every kernel wants both or neither.  Raises NotSupported
     for an algorithm or a replay window that `abi` does not have, EncodeError for what the wire cannot carry.
     """
-    satype = _SATYPES.get(int(sa.protocol))
+    satype = _SATYPES.get(sa.protocol + 0)  # as a plain number: the hash of an enum's member is slow
     if satype is None:
         raise NotSupported(f"protocol {sa.protocol} has no SAs; {', '.join(known.name for known in SATYPE_OF)} have")
     if type not in _WHOLE:
         extensions = {ExtensionType.SA: SA(sa.spi, state=sa.state)} | _ends(sa)
         return Message(type, extensions, abi=abi, satype=satype)
     numbers = _numbers(sa, satype, abi)
-    built = _direct.association(type, sa, numbers, abi)
-    return made(abi, *built) if built is not None else _association_message(type, sa, numbers, abi)
+    return _direct.association(type, sa, numbers, abi) or _association_message(type, sa, numbers, abi)
 
 
 def _ends(sa: SecurityAssociation) -> dict[ExtensionType | int, Any]:
@@ -225,7 +224,8 @@ def _numbers(sa: SecurityAssociation, satype: int, abi: Abi) -> _direct.Numbers:
         encrypt = _algorithm(sa.encryption, abi.encryption, "encryption", abi)
     # ESP without a key is ESP with the null cipher: kernels want the key extension all the same.
     with_key = satype == _ESP and sa.encryption is not None
-    return satype, replay, packets, auth, encrypt, wire_mode(sa.mode), with_key
+    mode = sa.mode
+    return satype, replay, packets, auth, encrypt, mode & 0xFF if isinstance(mode, Mode) else mode, with_key
 
 
 def _association_message(type: MessageType, sa: SecurityAssociation, numbers: _direct.Numbers, abi: Abi) -> Message:
