@@ -19,6 +19,7 @@ from pfkey import (
     Abi,
     Assignment,
     Direction,
+    Message,
     MessageType,
     Policy,
     PolicyTracker,
@@ -183,22 +184,11 @@ class NullKernel:
 
     abi = LINUX
 
-    def __init__(self) -> None:
-        self._ids = itertools.count(1)
-
     def check_policy(self, policy: Policy) -> None:
         pass
 
-    def add_policy(self, policy: Policy) -> Policy:
-        return replace(policy, id=next(self._ids))
-
-    update_policy = add_policy
-
-    def delete_policy(self, policy: Policy) -> Policy:
-        return policy
-
-    def get_policy(self, policy_id: int) -> Policy:
-        raise FileNotFoundError(policy_id)
+    def request_many(self, messages: list[Message]) -> list[Message]:
+        return messages
 
     def dump_policies(self) -> list[Policy]:
         return []

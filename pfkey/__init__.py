@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .abi import Abi
+    from .assignment import Assignment
     from .channel import Channel
     from .codec import Message, decode, encode
     from .constants import Action, Direction, ExtensionType, Level, MessageType, Mode, Rank, SAProtocol
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from .kernel import Kernel, connect
     from .messages import Lifetime, Policy, SecurityAssociation, Selector, Template
     from .tables import decode_many
-    from .tracker import Assignment
 
 __all__ = [
     "Abi",
@@ -98,7 +98,7 @@ _MODULES = {
     "kernel": ("Kernel", "connect"),
     "messages": ("Lifetime", "Policy", "SecurityAssociation", "Selector", "Template"),
     "tables": ("decode_many",),
-    "tracker": ("Assignment",),
+    "assignment": ("Assignment",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

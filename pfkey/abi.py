@@ -98,6 +98,16 @@ class Abi:
     """SPDUPDATE removes the old policy before it inserts the new one, and a rejected one leaves none (FreeBSD < 14)."""
     rejected_update_removes: bool = field(repr=False)
     """An SPDUPDATE rejected for its templates removes the policy all the same (every FreeBSD, 14.3 included)."""
+    sole_update_shows_none: bool = field(repr=False)
+    """While SPDUPDATE swaps the only policy of its direction, a packet may see none at all (FreeBSD 14.3 and later)."""
+    stronger_update_shows_none: bool = field(repr=False)
+    """An SPDUPDATE that makes a priority stronger past other policies of the same addresses may be missed by a packet
+    that has passed the new place, until all packets of that moment are through (Linux on several CPUs)."""
+    one_writer: bool = field(repr=False)
+    """Two writers of the SPD at once can corrupt it (FreeBSD 14 may panic); only one may write at a time."""
+    tag_in: Literal["bytes", "addtime"] = field(repr=False)
+    """Where a hard lifetime of a policy keeps a mark: the kernel never enforces its bytes (Linux), or reads nothing but
+    addtime, of which a value near 2^63 is never reached (the BSDs)."""
     update_changes_id: bool = field(repr=False)
     """SPDUPDATE gives the policy a new id (FreeBSD); Linux keeps it."""
     dump_counts_down: bool = field(repr=False)
@@ -207,6 +217,10 @@ class Abi:
             maximum_replay_window=32,
             update_unlinks_first=False,
             rejected_update_removes=False,
+            sole_update_shows_none=False,
+            stronger_update_shows_none=True,
+            one_writer=False,
+            tag_in="bytes",
             update_changes_id=False,
             dump_counts_down=False,
             error_echoes_request=False,
@@ -371,6 +385,10 @@ def _freebsd(release: tuple[int, ...], byteorder: ByteOrder) -> Abi:
         maximum_replay_window=(1 << 32) - 33 if replay_extension else 255 * 8,
         update_unlinks_first=not atomic,
         rejected_update_removes=True,
+        sole_update_shows_none=atomic,
+        stronger_update_shows_none=False,
+        one_writer=True,
+        tag_in="addtime",
         update_changes_id=True,
         dump_counts_down=True,
         error_echoes_request=True,

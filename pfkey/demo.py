@@ -113,18 +113,17 @@ def summary(stage: Stage) -> Iterator[str]:
     yield f"Each further rekeying (--rekeyings N): 0, {directions} and {2 * directions} messages."
     if not stage.probed:
         yield "No probe is possible here: a real kernel cannot be stopped between two steps of its own."
-    elif stage.watch.bare:
+    elif stage.abi.update_unlinks_first or stage.abi.sole_update_shows_none:
         yield _window_text(stage)
 
 
 def _window_text(stage: Stage) -> str:
     if stage.abi.update_unlinks_first:
-        why = "removes the old policy before it installs the new one, so each SPDUPDATE opens a window"
+        why = "removes the old policy before it installs the new one, so that each SPDUPDATE opens a window"
     else:
         why = "shows a packet no policy for a moment when an SPDUPDATE replaces the only one of its direction"
-    return (
-        f"{stage.abi} {why}.\nThe tracker opens fewer of them, and in this release does not yet guard those it has to."
-    )
+    how = "pfkey sends fewer of them, and under a guard: a clone of the new policy, for as long as it takes."
+    return f"{stage.abi} {why}.\n{how}"
 
 
 @contextmanager

@@ -16,6 +16,7 @@ __all__ = [
     "NotTracked",
     "PFKeyError",
     "ReplyTimeout",
+    "SPDLocked",
     "TransactionError",
 ]
 
@@ -131,9 +132,17 @@ class ForeignPolicy(PFKeyError, FileExistsError):
         return str(self.strerror)
 
 
-class TransactionError(PFKeyError):
-    """Some policies of a transaction could not be brought to what was asked; `errors` maps each to its exception."""
+class SPDLocked(PFKeyError, TimeoutError):
+    """Somebody else is writing the SPD and did not come to an end; the text says who.  Nothing was sent."""
 
-    def __init__(self, text: str, errors: dict[Any, BaseException]) -> None:
+
+class TransactionError(PFKeyError):
+    """Some policies of a transaction could not be brought to what was asked; the rest of it stands.
+
+    `errors` maps each of them ("out 10.1.0.0/16 -> 10.2.0.0/16") to its exception, `states` to what the kernel holds.
+    """
+
+    def __init__(self, text: str, errors: dict[Any, BaseException], states: dict[str, str] | None = None) -> None:
         super().__init__(text)
         self.errors = errors
+        self.states = states or {}

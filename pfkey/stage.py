@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import channel as channels
+from .assignment import Assignment
 from .codec import decode
 from .constants import Direction, MessageType, Mode, Rank
 from .errors import KernelError, PFKeyError
@@ -18,7 +19,7 @@ from .kernel import Kernel, connect
 from .messages import Policy, SecurityAssociation, Selector, Template
 from .show import policy_record
 from .target import embedded_kernel, native_channel
-from .tracker import Assignment, TrackedPolicy
+from .tracker import TrackedPolicy
 from .typed import policy_from
 
 __all__ = ["FIRST_SPI", "HERE", "MOVED", "PEER", "SITE", "Chapter", "Stage", "Tunnel", "Wiretap"]
@@ -211,17 +212,26 @@ class Stage:
             for habit in self.habits.values():
                 habit.follow(direction, self._policy(direction, before), self._policy(direction, after))
         sent = self.tap.take()
-        if tuple(kind for kind, _ in sent) != (*change.guard, *change.sent):
+        own = [one for one in sent if one[1].selector.canonical() == one[1].selector]
+        guard = [one for one in sent if one not in own]
+        if [kind for kind, _ in own] != [*change.sent] or [kind for kind, _ in guard] != [*change.guard]:
             raise PFKeyError(f"the tracker says that it sent {change}, the wire says {sent}")
         self.messages += len(sent)
-        self._note_call(verb, direction, label, sent)
+        self._note_call(verb, direction, label, own, guard)
 
     def _policy(self, direction: Direction, assignments: tuple[Assignment, ...]) -> Policy | None:
         """What the first of them asks for."""
         tracked = TrackedPolicy(direction, self.selectors[direction], self.abi)
         return tracked.policy(assignments[0]) if assignments else None
 
-    def _note_call(self, verb: str, direction: Direction, label: str, sent: list[tuple[MessageType, Policy]]) -> None:
+    def _note_call(
+        self,
+        verb: str,
+        direction: Direction,
+        label: str,
+        sent: list[tuple[MessageType, Policy]],
+        guard: list[tuple[MessageType, Policy]],
+    ) -> None:
         counts = self.counts()
         way = direction.name.lower()
         self.chapters[-1].calls.append(
@@ -230,6 +240,7 @@ class Stage:
                 "direction": way,
                 "assignment": label,
                 "sent": [kind.name for kind, _ in sent],
+                "guard": [kind.name for kind, _ in guard],
                 "policy": policy_record(sent[-1][1]) if sent else None,
                 **counts,
             }
@@ -239,6 +250,8 @@ class Stage:
         columns.append(f"{'-' if bare is None else bare['tracker']:>6}")
         names = " ".join(kind.name for kind, _ in sent) or "none"
         what = "  ".join(_policy_text(kind, policy) for kind, policy in sent)
+        if guard:
+            what += f", guarded by {guard[0][1].selector}"
         self.tell(f"   {verb:<8}{way:<4}{label:<14}{names:<10}{''.join(columns)}   {what}".rstrip())
 
     def counts(self) -> dict[str, Any]:

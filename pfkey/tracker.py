@@ -1,147 +1,39 @@
 """Decides: which assignment of a policy is on top, what the kernel should hold, what to send.  No I/O.
 
-The order of assignments and the priorities are those of strongSwan's kernel-pfkey plugin, so that policies of both mix
-as their users expect.  What is sent follows from one table, `decide`.
+The order of assignments is that of strongSwan's kernel-pfkey plugin.  What is sent follows from one table, `decide`.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import NamedTuple
 
 from .abi import Abi
-from .constants import Action, Direction, Level, Mode, Rank, UpperProtocol
+from .assignment import Assignment, implied_priority, narrowness, priority_of
+from .constants import Action, Direction, Level, Mode
 from .errors import NotSupported, NotTracked
-from .messages import IPAddress, Policy, Selector, Template
+from .messages import IPAddress, Lifetime, Policy, Selector, Template
 
-__all__ = ["Assignment", "Image", "Installed", "State", "Step", "TrackedPolicy", "decide", "image_of", "priority_of"]
-
-
-class Assignment:
-    """One use of a policy: "this SA (or trap, or shunt) uses it".
-
-    `templates` are what the policy asks for while this assignment is on top.  `spi` tells assignments of a rekeying
-    apart: one number, or one for each template (a CPI for IPComp); the kernel's policy does not hold it.  `action` is
-    IPSEC, or NONE and DISCARD for shunts and guards; those may carry templates too, whose reqid orders them.  `rank`
-    says what kind of user it is.  `priority` is the kernel's, None for the one that selector and rank imply.
-
-    Assignments are values: equal ones are interchangeable, and a tracker counts them.
-    """
-
-    __slots__ = ("_content", "_hash", "action", "priority", "rank", "spi", "templates")
-
-    templates: tuple[Template, ...]
-    spi: int | tuple[int, ...]
-    action: Action
-    rank: Rank
-    priority: int | None
-    _hash: int
-    _content: tuple[Abi, tuple[Action | int, tuple[Request, ...]]] | None
-    """What a kernel stores of it, as it was last worked out, and for which system."""
-
-    def __init__(
-        self,
-        *templates: Template,
-        spi: int | tuple[int, ...] = 0,
-        action: Action = Action.IPSEC,
-        rank: Rank = Rank.REGULAR,
-        priority: int | None = None,
-    ) -> None:
-        if not all(isinstance(template, Template) for template in templates):
-            raise TypeError("an Assignment takes Template objects, then keyword arguments")
-        if isinstance(spi, tuple) and len(spi) != len(templates):
-            raise ValueError(f"{len(spi)} SPIs for {len(templates)} templates; give one number, or one for each")
-        if action not in (Action.IPSEC, Action.NONE, Action.DISCARD):
-            raise ValueError(f"a policy is IPSEC, NONE or DISCARD; {Action(action).name} is for sockets only")
-        if priority is not None and not 0 <= priority <= 0xFFFFFFFF:
-            raise ValueError(f"a priority is a number from 0 to 4294967295, not {priority}")
-        give = object.__setattr__
-        give(self, "templates", templates)
-        give(self, "spi", spi)
-        give(self, "action", Action(action))
-        give(self, "rank", Rank(rank))
-        give(self, "priority", priority)
-        give(self, "_content", None)
-        give(self, "_hash", hash((templates, spi, action, rank, priority)))
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"an Assignment does not change; make another one instead of setting {name}")
-
-    __delattr__ = __setattr__  # type: ignore[assignment]
-
-    def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        if not isinstance(other, Assignment):
-            return NotImplemented
-        return self._hash == other._hash and self._fields == other._fields
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __repr__(self) -> str:
-        parts = [*map(str, self.templates)]
-        if self.spi:
-            spis = self.spi if isinstance(self.spi, tuple) else (self.spi,)
-            parts.append("spi=" + ",".join(f"{spi:#x}" for spi in spis))
-        if self.action is not Action.IPSEC:
-            parts.append(f"action={self.action.name}")
-        if self.rank is not Rank.REGULAR:
-            parts.append(f"rank={self.rank.name}")
-        if self.priority is not None:
-            parts.append(f"priority={self.priority}")
-        return f"Assignment({', '.join(parts)})"
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (_assignment, self._fields)
-
-    @property
-    def _fields(self) -> tuple[tuple[Template, ...], int | tuple[int, ...], Action, Rank, int | None]:
-        return (self.templates, self.spi, self.action, self.rank, self.priority)
-
-    @property
-    def reqid(self) -> int:
-        """The reqid by which it is ordered: the first that a template has, else 0."""
-        return next((template.reqid for template in self.templates if template.reqid), 0)
-
-    def reversed(self) -> Assignment:
-        """The same for the other direction: the end points of every template change sides."""
-        return _assignment(tuple(template.reversed() for template in self.templates), *self._fields[1:])
-
-
-def _assignment(
-    templates: tuple[Template, ...],
-    spi: int | tuple[int, ...],
-    action: Action,
-    rank: Rank,
-    priority: int | None,
-) -> Assignment:
-    return Assignment(*templates, spi=spi, action=action, rank=rank, priority=priority)
-
-
-# Priorities: a class of 200,000 numbers for each rank, and within it the narrower selector in front.
-_BASE = {Rank.PASS: 200000, Rank.REGULAR: 400000, Rank.TRAP: 400000, Rank.FALLBACK: 600000}
-_PREFIX_BIT, _PROTOCOL, _PORT = 512, 256, 64
-# By the rank's value: the hash of an enum's member is slow.
-_FIRST = {rank.value: base - (rank is not Rank.TRAP) for rank, base in _BASE.items()}
-
-
-def priority_of(selector: Selector, rank: Rank) -> int:
-    """The priority that a selector's narrowness and a rank imply; smaller is stronger.
-
-    ICMP type and code count as ports.  A trap stands one behind what it stands in for.
-    """
-    return _FIRST[rank._value_] - narrowness(selector)
-
-
-def narrowness(selector: Selector) -> int:
-    """By how much a selector is in front of the widest of its rank."""
-    _, _, source, _, destination, protocol, *ports = selector.identity[:8]
-    narrow = _PREFIX_BIT * (source + destination) + _PORT * (len(ports) - ports.count(0))
-    return narrow + (_PROTOCOL if protocol != UpperProtocol.ANY else 0)
+__all__ = [
+    "Assignment",
+    "Content",
+    "Image",
+    "Installed",
+    "State",
+    "Step",
+    "TrackedPolicy",
+    "Undo",
+    "decide",
+    "image_of",
+    "image_of_policy",
+    "image_text",
+    "priority_of",
+    "templates_of",
+]
 
 
 class Request(NamedTuple):
@@ -166,6 +58,13 @@ class Image(NamedTuple):
     requests: tuple[Request, ...]
 
 
+def templates_of(image: Image) -> tuple[Template, ...]:
+    """Templates that make such an image: what to send in order to have it again."""
+    return tuple(
+        Template(one.protocol, one.mode, one.source, one.destination, one.reqid, one.level) for one in image.requests
+    )
+
+
 def _request(template: Template, abi: Abi) -> Request:
     level = abi.level_default if template.level == Level.DEFAULT else template.level
     reqid = 0 if abi.reqid_needs_unique and level != Level.UNIQUE else template.reqid
@@ -180,10 +79,11 @@ def image_of(action: Action | int, templates: tuple[Template, ...], priority: in
     return Image(action, priority if abi.has_priority else 0, requests)
 
 
-def _content(
-    action: Action | int, templates: tuple[Template, ...], abi: Abi
-) -> tuple[Action | int, tuple[Request, ...]]:
-    """All of an image but the priority."""
+Content = tuple[Action | int, tuple[Request, ...]]
+"""All of an image but the priority."""
+
+
+def _content(action: Action | int, templates: tuple[Template, ...], abi: Abi) -> Content:
     if action != Action.IPSEC:
         templates = ()
     elif not templates and abi.empty_ipsec_is_bypass:
@@ -191,14 +91,20 @@ def _content(
     return action, tuple(_request(template, abi) for template in templates)
 
 
-def _content_of(assignment: Assignment, abi: Abi) -> tuple[Action | int, tuple[Request, ...]]:
+def content_of(assignment: Assignment, abi: Abi) -> Content:
     """The same for an assignment, worked out once."""
-    known = assignment._content
-    if known is not None and known[0] is abi:
-        return known[1]
+    if assignment._content_abi is abi:
+        known: Content = assignment._content
+        return known
     content = _content(assignment.action, assignment.templates, abi)
-    object.__setattr__(assignment, "_content", (abi, content))
+    keep_content(assignment, content, abi)
     return content
+
+
+def keep_content(assignment: Assignment, content: Content, abi: Abi) -> None:
+    """Remember what was worked out, or an equal value that others hold too."""
+    object.__setattr__(assignment, "_content", content)
+    object.__setattr__(assignment, "_content_abi", abi)
 
 
 def image_of_policy(policy: Policy, abi: Abi) -> Image:
@@ -233,16 +139,21 @@ class Installed:
         """The same when something happened whose outcome is not certain."""
         return replace(self, state=State.UNKNOWN, was_ours=self.was_ours or self.state is State.OURS, tried=tried)
 
-    def found(self, image: Image | None, policy_id: int) -> Installed:
+    def found(self, image: Image | None, policy_id: int, *, mine: bool = False, replaced: bool = False) -> Installed:
         """What a read says: nothing there (image None), ours, or somebody else's.
 
-        A policy that was ours stays ours whoever changed it; one that we never had is ours only if it is what a
-        message of ours may have put there.
+        A policy that was ours stays ours whoever updated it; one that we never had is ours only if it carries our own
+        tag (`mine`), or is what a message of ours may have put there.  `replaced` says that it is another entry than
+        the one that was ours: somebody deleted that, and this is theirs.
         """
         if image is None:
-            return Installed()
-        ours = self.was_ours or self.state is State.OURS or image == self.tried
+            return ABSENT
+        was_ours = (self.was_ours or self.state is State.OURS) and not replaced
+        ours = mine or was_ours or image == self.tried
         return Installed(State.OURS if ours else State.FOREIGN, image, policy_id, was_ours=ours)
+
+
+ABSENT = Installed()
 
 
 class Step(Enum):
@@ -280,16 +191,88 @@ class _Entry(NamedTuple):
     """An assignment in its place.  The fields in front are the order: smaller is stronger, the newest comes first."""
 
     priority: int
-    rank_priority: int
+    implied: int
     without_reqid: bool
     negated_serial: int
     assignment: Assignment
 
 
+class _Crowd:
+    """Many assignments of one policy: sorted, and each found without a search.
+
+    The few that a policy commonly has are a plain tuple instead, which takes a tenth of the memory.
+    """
+
+    __slots__ = ("entries", "serial", "serials")
+
+    def __init__(self, policy: TrackedPolicy, ordered: tuple[Assignment, ...]) -> None:
+        self.entries: list[_Entry] = []
+        self.serials: dict[Assignment, deque[int]] = {}
+        self.serial = 0
+        for assignment in reversed(ordered):
+            self.insert(policy, assignment)
+
+    def __iter__(self) -> Iterator[Assignment]:
+        return (entry.assignment for entry in self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def insert(self, policy: TrackedPolicy, assignment: Assignment) -> int:
+        """In front of its equals; the serial number names exactly this one."""
+        self.serial += 1
+        insort(self.entries, _Entry(*policy.order(assignment), -self.serial, assignment))
+        self.serials.setdefault(assignment, deque()).append(self.serial)
+        return self.serial
+
+    def remove(self, policy: TrackedPolicy, assignment: Assignment) -> int | None:
+        """The oldest of the equal ones; its serial number, None when there is none."""
+        serials = self.serials.get(assignment)
+        if not serials:
+            return None
+        return self._take(policy, assignment, serials.popleft())
+
+    def withdraw(self, policy: TrackedPolicy, assignment: Assignment, serial: int) -> None:
+        """Undo `insert`."""
+        self.serials[assignment].remove(serial)
+        self._take(policy, assignment, serial)
+
+    def restore(self, policy: TrackedPolicy, assignment: Assignment, serial: int) -> None:
+        """Undo `remove`."""
+        insort(self.entries, _Entry(*policy.order(assignment), -serial, assignment))
+        self.serials.setdefault(assignment, deque()).appendleft(serial)
+
+    def _take(self, policy: TrackedPolicy, assignment: Assignment, serial: int) -> int:
+        if not self.serials[assignment]:
+            del self.serials[assignment]
+        place = (*policy.order(assignment), -serial)
+        del self.entries[bisect_left(self.entries, place)]
+        return serial
+
+
+class _CrowdStep(NamedTuple):
+    """What takes one step of a crowd back."""
+
+    crowd: _Crowd
+    inserted: bool
+    assignment: Assignment
+    serial: int
+
+
+Undo = tuple[Assignment, ...] | _CrowdStep
+"""What `TrackedPolicy.undo` takes, last step first."""
+
+_FEW, _MANY = 4, 16
+"""A tuple that grows past the one becomes a crowd, a crowd that shrinks to the other becomes a tuple."""
+
+
 class TrackedPolicy:
     """One policy: direction and canonical selector, its assignments in order, and what the kernel holds."""
 
-    __slots__ = ("_entries", "_narrowness", "_serial", "_serials", "abi", "direction", "installed", "selector")
+    __slots__ = (
+        "_entries", "_narrowness", "abi", "busy", "direction", "indexed", "installed", "leftover", "place", "selector",
+        "troubles",
+    )  # fmt: skip
 
     def __init__(self, direction: Direction, selector: Selector, abi: Abi) -> None:
         if direction not in abi.directions:
@@ -299,93 +282,168 @@ class TrackedPolicy:
         self.selector = selector.canonical()
         self.abi = abi
         self._narrowness = narrowness(self.selector)
-        self.installed = Installed()
-        self._entries: list[_Entry] = []
-        self._serials: dict[Assignment, deque[int]] = {}
-        self._serial = 0
+        self._entries: tuple[Assignment, ...] | _Crowd = ()
+        self.installed = ABSENT
+        self.busy: object | None = None
+        """Who works on it at the moment; the keeper's."""
+        self.indexed: int | None = None
+        """The priority under which the keeper's index has it."""
+        self.leftover: tuple[Policy, ...] = ()
+        """Guards that may still be in the kernel and have to go."""
+        self.place = 0
+        """On a kernel that orders by insertion: when it was last inserted, as a count."""
+        self.troubles: Troubles | None = None
 
     def __str__(self) -> str:
         return f"{self.direction.name.lower()} {self.selector}"
 
+    def __len__(self) -> int:
+        """How many assignments there are."""
+        return len(self._entries)
+
     @property
     def assignments(self) -> tuple[Assignment, ...]:
         """All of them, the one on top first."""
-        return tuple(entry.assignment for entry in self._entries)
+        return tuple(self._entries)
 
     @property
     def top(self) -> Assignment | None:
         """The assignment that decides what the kernel should hold."""
-        return self._entries[0].assignment if self._entries else None
+        entries = self._entries
+        if not entries:
+            return None
+        return entries.entries[0].assignment if isinstance(entries, _Crowd) else entries[0]
 
-    def policy(self, assignment: Assignment) -> Policy:
+    def policy(self, assignment: Assignment, lifetime: Lifetime | None = None) -> Policy:
         """What would be sent for `assignment`."""
         templates = assignment.templates if assignment.action == Action.IPSEC else ()
-        priority = self._priority(assignment) if self.abi.has_priority else 0
-        return Policy(self.direction, self.selector, assignment.action, templates, priority=priority)
+        priority = self.priority(assignment) if self.abi.has_priority else 0
+        return Policy(
+            self.direction, self.selector, assignment.action, templates, priority=priority, lifetime_hard=lifetime
+        )
 
     def image(self, assignment: Assignment) -> Image:
         """What the kernel would store for `assignment`."""
-        action, requests = _content_of(assignment, self.abi)
-        return Image(action, self._priority(assignment) if self.abi.has_priority else 0, requests)
+        action, requests = content_of(assignment, self.abi)
+        return Image(action, self.priority(assignment) if self.abi.has_priority else 0, requests)
+
+    def holds(self, assignment: Assignment) -> bool:
+        """Whether what the kernel holds of ours is what `assignment` asks for."""
+        installed = self.installed
+        image = installed.image
+        if installed.state is not State.OURS or image is None:
+            return False
+        content = content_of(assignment, self.abi)
+        if content[1] is not image.requests:
+            if content[1] != image.requests:
+                return False
+            keep_content(assignment, (content[0], image.requests), self.abi)  # one of two equal values is enough
+        return content[0] == image.action and (not self.abi.has_priority or self.priority(assignment) == image.priority)
+
+    def holds_top(self) -> bool:
+        """Whether it is what the assignment on top asks for, or nobody uses it and nothing is there."""
+        top = self.top
+        return self.installed.state in (State.ABSENT, State.FOREIGN) if top is None else self.holds(top)
 
     @property
     def desired(self) -> Image | None:
         """The image of the assignment on top; None when the kernel should hold nothing."""
-        return self.image(self._entries[0].assignment) if self._entries else None
+        top = self.top
+        return None if top is None else self.image(top)
 
-    def insert(self, assignment: Assignment) -> int:
-        """Put it in its place and return the serial number by which `withdraw` takes exactly this one back."""
-        self._serial += 1
-        insort(self._entries, self._entry(assignment, self._serial))
-        self._serials.setdefault(assignment, deque()).append(self._serial)
-        return self._serial
+    @property
+    def rank(self) -> int | None:
+        """The priority of the assignment on top, on kernels without priorities too; None when there is none."""
+        top = self.top
+        return None if top is None else self.priority(top)
 
-    def remove(self, assignment: Assignment) -> int:
-        """Take out the oldest of the equal ones and return its serial; NotTracked when there is none."""
-        serials = self._serials.get(assignment)
-        if not serials:
-            raise NotTracked(f"{assignment!r} does not use {self}; {self._used_by()}")
-        return self._take(assignment, serials.popleft())
+    def insert(self, assignment: Assignment) -> Undo:
+        """Put it in its place; `undo` takes it back."""
+        entries = self._entries
+        if isinstance(entries, _Crowd):
+            return _CrowdStep(entries, True, assignment, entries.insert(self, assignment))
+        order, at = self.order(assignment), 0
+        for other in entries:
+            if order <= self.order(other):
+                break
+            at += 1
+        grown = (*entries[:at], assignment, *entries[at:])
+        self._entries = grown if len(grown) <= _MANY else _Crowd(self, grown)
+        return entries
 
-    def withdraw(self, assignment: Assignment, serial: int) -> None:
-        """Undo `insert`."""
-        self._serials[assignment].remove(serial)
-        self._take(assignment, serial)
+    def remove(self, assignment: Assignment) -> Undo:
+        """Take out the oldest of the equal ones; NotTracked when there is none.  `undo` takes it back."""
+        entries = self._entries
+        if isinstance(entries, _Crowd):
+            serial = entries.remove(self, assignment)
+            if serial is None:
+                raise self._not_tracked(assignment)
+            if len(entries) <= _FEW:
+                self._entries = tuple(entries)
+            return _CrowdStep(entries, False, assignment, serial)
+        for at in range(len(entries) - 1, -1, -1):
+            if entries[at] == assignment:
+                self._entries = entries[:at] + entries[at + 1 :]
+                return entries
+        raise self._not_tracked(assignment)
 
-    def restore(self, assignment: Assignment, serial: int) -> None:
-        """Undo `remove`: it returns to the very place that it had."""
-        insort(self._entries, self._entry(assignment, serial))
-        self._serials.setdefault(assignment, deque()).appendleft(serial)
+    def undo(self, step: Undo) -> None:
+        """Take back what `insert`, `remove` or `clear` did; of several steps the last one first."""
+        if not isinstance(step, _CrowdStep):
+            self._entries = step
+            return
+        self._entries = step.crowd
+        (step.crowd.withdraw if step.inserted else step.crowd.restore)(self, step.assignment, step.serial)
 
-    def clear(self) -> None:
+    def clear(self) -> Undo:
         """Take out all of them."""
-        self._entries.clear()
-        self._serials.clear()
+        entries, self._entries = self._entries, ()
+        return tuple(entries)
 
-    def _take(self, assignment: Assignment, serial: int) -> int:
-        if not self._serials[assignment]:
-            del self._serials[assignment]
-        del self._entries[bisect_left(self._entries, self._entry(assignment, serial)[:4])]
-        return serial
-
-    def _entry(self, assignment: Assignment, serial: int) -> _Entry:
-        implied = _FIRST[assignment.rank._value_] - self._narrowness
+    def order(self, assignment: Assignment) -> tuple[int, int, bool]:
+        """What sorts assignments; smaller is stronger, and of equals the newest comes first."""
+        implied = implied_priority(assignment.rank, self._narrowness)
         priority = implied if assignment.priority is None else assignment.priority
-        return _Entry(priority, implied, assignment.reqid == 0, -serial, assignment)
+        return priority, implied, assignment.reqid == 0
 
-    def _priority(self, assignment: Assignment) -> int:
+    def priority(self, assignment: Assignment) -> int:
+        """The priority of the policy while `assignment` is on top; smaller is stronger."""
         if assignment.priority is not None:
             return assignment.priority
-        return _FIRST[assignment.rank._value_] - self._narrowness
+        return implied_priority(assignment.rank, self._narrowness)
+
+    def _not_tracked(self, assignment: Assignment) -> NotTracked:
+        return NotTracked(f"{assignment!r} does not use {self}; {self._used_by()}")
 
     def _used_by(self) -> str:
-        count = len(self._entries)
+        count = len(self)
         return (
             "nothing does"
             if not count
             else f"it is used by {', '.join(map(repr, self.assignments[:3]))}"
             + (f" and {count - 3} more" if count > 3 else "")
         )
+
+
+class Troubles:
+    """What is out of the ordinary about a policy: changes by others, a last assignment that is waited for."""
+
+    __slots__ = ("contested", "lingers_until", "strikes")
+
+    def __init__(self) -> None:
+        self.strikes: list[float] = []
+        """When others changed it, of late."""
+        self.contested = False
+        self.lingers_until: float | None = None
+
+
+def image_text(image: Image | None) -> str:
+    """An image as errors and explanations show it."""
+    if image is None:
+        return "nothing"
+    text = image.action.name.lower() if isinstance(image.action, Action) else f"type {image.action}"
+    text = " ".join([text, *map(str, templates_of(image))])
+    return f"{text}, priority {image.priority}"
 
 
 def _name(direction: int) -> str:

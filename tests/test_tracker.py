@@ -115,11 +115,29 @@ def test_withdraw_and_restore_undo_exactly() -> None:
     for assignment in (x, y, x, y):
         policy.insert(assignment)
     before = policy.assignments
-    policy.withdraw(x, policy.insert(x))
+    policy.undo(policy.insert(x))
     assert policy.assignments == before
     for assignment in (x, y):
-        policy.restore(assignment, policy.remove(assignment))
+        policy.undo(policy.remove(assignment))
         assert policy.assignments == before
+    policy.undo(policy.clear())
+    assert policy.assignments == before
+
+
+def test_undoing_a_long_way_back_restores_the_order() -> None:
+    """Through the number of assignments at which they are kept in another way."""
+    policy = tracked()
+    some = [Assignment(TUNNEL, spi=spi % 7, rank=Rank.TRAP if spi % 3 else Rank.REGULAR) for spi in range(1, 41)]
+    steps, before = [], []
+    for assignment in some:
+        before.append(policy.assignments)
+        steps.append(policy.insert(assignment))
+    for assignment in some[::-1][:38]:
+        before.append(policy.assignments)
+        steps.append(policy.remove(assignment))
+    for step, there in zip(reversed(steps), reversed(before), strict=True):
+        policy.undo(step)
+        assert policy.assignments == there
 
 
 def test_thousands_of_assignments_keep_their_order() -> None:

@@ -1,0 +1,201 @@
+"""What a tracker knows: its policies by direction and selector, by id, by what they overlap, and how it was set up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from .abi import Abi
+from .constants import Direction
+from .errors import NotSupported
+from .guards import Guard, Kind, read_tag, tag_lifetime
+from .messages import Policy, Selector
+from .overlaps import OverlapIndex
+from .tracker import ABSENT, Image, Installed, State, TrackedPolicy, image_of_policy
+
+__all__ = ["Book", "Ownership", "Settings"]
+
+
+class Ownership(Enum):
+    """What to do about somebody else's policy that has a selector of ours: see `PolicyTracker`."""
+
+    REFUSE = "refuse"
+    """Leave it alone and raise ForeignPolicy."""
+    ADOPT = "adopt"
+    """Make it ours: nothing is sent when it is what we want already, else one SPDUPDATE."""
+    TAKE_OVER = "take_over"
+    """Make it ours by an SPDUPDATE in any case, which leaves our tag on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a tracker was set up."""
+
+    owner: int
+    """The number in the tags of its policies."""
+    named: bool
+    """The owner has a name, so that a later tracker of that name has the same number."""
+    ownership: Ownership = Ownership.REFUSE
+    guard: Guard = Guard.AUTO
+    host_guard: Guard = Guard.AUTO
+    linger: float = 0.0
+
+
+_PRESENT = (State.OURS, State.UNKNOWN)
+
+
+class Book:
+    """The tracked policies and the indexes over them.  No I/O, and no locks: those who use it see to that."""
+
+    def __init__(self, abi: Abi, check_policy: Callable[[Policy], None], settings: Settings) -> None:
+        self.abi = abi
+        self.check_policy = check_policy
+        self.settings = settings
+        self.tag = tag_lifetime(settings.owner, Kind.POLICY, abi)
+        self.tables: dict[int, dict[tuple[int, ...], TrackedPolicy]] = {int(way): {} for way in abi.directions}
+        self.ids: dict[int, TrackedPolicy] = {}
+        self.indexes = {int(way): OverlapIndex() for way in abi.directions}
+        self.standing = dict.fromkeys(map(int, abi.directions), 0)
+        """How many of our policies the kernel acknowledged, by direction."""
+        self.places = 0
+        """How many insertions there were; a kernel that orders by insertion has them in this order."""
+        self.recovered = False
+        """The kernel was searched for guards that a dead process left."""
+        self.orphans: dict[tuple[int, tuple[int, ...]], list[Policy]] = {}
+        """Such guards that had to stay: they still hold the place of a policy that is not there."""
+        self.former: dict[tuple[int, tuple[int, ...]], Installed] = {}
+        """What the kernel held at the start that is ours by its tag, or may be adopted; until somebody asks for it."""
+        self._strangers: dict[tuple[int, tuple[int, ...]], list[int]] | None = {}
+        """Priorities of others' policies by direction and networks; None when they could not be read."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self.tables.values()))
+
+    def __iter__(self) -> Iterator[TrackedPolicy]:
+        for table in list(self.tables.values()):
+            yield from list(table.values())
+
+    def get(self, direction: int, selector: Selector) -> TrackedPolicy | None:
+        """The tracked policy, None when there is none."""
+        table = self.tables.get(direction)
+        return None if table is None else table.get(selector.identity)
+
+    def open(self, direction: Direction, selector: Selector) -> TrackedPolicy:
+        """The tracked policy, a new one when there is none.  NotSupported for a direction that the system lacks."""
+        tracked = self.get(direction, selector)
+        if tracked is None:
+            tracked = TrackedPolicy(direction, selector, self.abi)
+            self.tables[int(direction)][tracked.selector.identity] = tracked
+            self.remember(tracked)
+        return tracked
+
+    def remember(self, tracked: TrackedPolicy) -> None:
+        """Give a new policy what is known of it from a former life."""
+        key = (int(tracked.direction), tracked.selector.identity)
+        if key in self.orphans:
+            tracked.leftover += tuple(self.orphans.pop(key))
+        installed = self.former.pop(key, None)
+        if installed is not None and tracked.installed.state is State.ABSENT:
+            self.note(tracked, installed)
+
+    def close(self, tracked: TrackedPolicy) -> None:
+        """Forget it when nobody uses it and the kernel does not hold it."""
+        if len(tracked) or tracked.installed.state in _PRESENT or tracked.leftover or tracked.troubles is not None:
+            return
+        self.tables[int(tracked.direction)].pop(tracked.selector.identity, None)
+        if tracked.installed.policy_id:
+            self.note(tracked, ABSENT)
+
+    def note(self, tracked: TrackedPolicy, installed: Installed) -> None:
+        """The kernel holds this from now on, as far as is known; the indexes follow."""
+        before = tracked.installed
+        tracked.installed = installed
+        way = int(tracked.direction)
+        if before.policy_id != installed.policy_id:
+            if self.ids.get(before.policy_id) is tracked:
+                del self.ids[before.policy_id]
+            if installed.policy_id:
+                self.ids[installed.policy_id] = tracked
+        self.standing[way] += (installed.state is State.OURS) - (before.state is State.OURS)
+        image = installed.image if installed.state in _PRESENT else None
+        if self.abi.has_priority:
+            self.indexes[way].put(tracked, None if image is None else image.priority)
+        else:
+            self.indexes[way].put(tracked, None if image is None else 0)
+
+    def read(self, tracked: TrackedPolicy, policy: Policy | None) -> None:
+        """Note what the kernel says that it holds."""
+        installed = tracked.installed
+        if policy is None:
+            self.note(tracked, ABSENT)
+            return
+        replaced = not self.abi.update_changes_id and installed.policy_id not in (0, policy.id)
+        image = self.image(policy, installed.image)
+        self.note(tracked, installed.found(image, policy.id, mine=self.is_mine(policy), replaced=replaced))
+
+    def image(self, policy: Policy, like: Image | None = None) -> Image:
+        """The image of a policy from the kernel; the very object `like` when it is equal."""
+        image = image_of_policy(policy, self.abi)
+        return like if image == like and like is not None else image
+
+    def is_mine(self, policy: Policy) -> bool:
+        """Whether it carries this tracker's own tag."""
+        tag = read_tag(policy.lifetime_hard, self.abi)
+        return tag is not None and tag.owner == self.settings.owner
+
+    def acknowledge(self, tracked: TrackedPolicy, image: Image, policy_id: int, *, inserted: bool = True) -> None:
+        """The kernel said that it holds this now."""
+        if inserted:
+            self.places += 1
+            tracked.place = self.places
+        self.note(tracked, Installed(State.OURS, image, policy_id, was_ours=True))
+
+    def ties(self, tracked: TrackedPolicy) -> list[str]:
+        """Warnings about other policies that share the priority and some of the packets; three at most are named."""
+        if not self.abi.has_priority or tracked.indexed is None:
+            return []
+        texts: list[str] = []
+        for other in self.indexes[int(tracked.direction)].equals(tracked, tracked.indexed):
+            if len(texts) == 3:
+                texts.append("and others")
+                break
+            texts.append(
+                f"{tracked} and {other} match some of the same packets with equal priorities ({tracked.indexed});"
+                f" which of them wins differs between kernels and changes with updates: give one a priority"
+            )
+        return texts
+
+    def tagged(self, policy: Policy) -> Policy:
+        """The same with this tracker's tag."""
+        return replace(policy, lifetime_hard=self.tag, id=0)
+
+    # Policies of others, as far as they matter to an update on Linux.
+
+    def forget_strangers(self) -> None:
+        """What was seen of them is old."""
+        self._strangers = {}
+
+    def see_strangers(self, rows: Iterable[Policy] | None) -> None:
+        """Note those of a dump; None: it could not be read, and they may be anywhere."""
+        if rows is None:
+            self._strangers = None
+            return
+        strangers: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        self._strangers = strangers
+        for row in rows:
+            if self.ids.get(row.id) is None:
+                strangers.setdefault((int(row.direction), row.selector.identity[:5]), []).append(row.priority)
+
+    def stranger_between(self, tracked: TrackedPolicy, low: int, high: int) -> bool:
+        """Whether a policy of somebody else with the same networks has a priority between these."""
+        if self._strangers is None:
+            return True
+        there = self._strangers.get((int(tracked.direction), tracked.selector.identity[:5]), ())
+        return any(low <= priority <= high for priority in there)
+
+    def must_support(self, direction: Direction) -> None:
+        """Raise NotSupported for a direction that the system lacks."""
+        if int(direction) not in self.tables:
+            names = ", ".join(known.name for known in self.abi.directions)
+            raise NotSupported(f"{self.abi} has no policies of direction {direction}; it has {names}")

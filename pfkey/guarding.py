@@ -1,0 +1,154 @@
+"""The first barrier of an update: whether it needs a guard, and seeing to it that the guard stands."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from .book import Book
+from .constants import MessageType
+from .errors import PFKeyError
+from .guards import Guard, alias_selectors, filler_policies, guard_policies
+from .messages import Policy
+from .tracker import Image, Step, image_text
+from .typed import policy_from, policy_message
+from .work import ENTER, Ask, Dump, Steps, StoredOtherwise, Work, drop_leftovers, say_more, uncertain, without
+
+__all__ = ["plan_guard", "stand_guards"]
+
+log = logging.getLogger("pfkey.keeper")
+
+
+def plan_guard(book: Book, work: Work) -> tuple[Policy, ...]:
+    """The candidates for the guard that an update needs, none when it needs none; `why` and `waits` are noted."""
+    tracked, settings, abi = work.tracked, book.settings, book.abi
+    policy, image = work.policy, work.before.image
+    assert policy is not None
+    work.why, work.waits = "", False
+    if settings.guard is Guard.BARE:
+        return ()
+    sole = False
+    if abi.update_unlinks_first:
+        work.why = f"{abi} removes a policy before it inserts the next one"
+    elif abi.stronger_update_shows_none and image is not None and _passes_another(book, work, image):
+        work.why = "it gets stronger past another policy of the same addresses"
+        work.waits = True
+    elif abi.sole_update_shows_none and book.standing[int(tracked.direction)] <= 1:
+        work.why = f"{abi} shows no policy for a moment when the only one of a direction is replaced"
+        sole = True
+    elif settings.guard is Guard.AUTO:
+        return ()
+    else:
+        work.why = "guards were asked for"
+        work.waits = abi.stronger_update_shows_none
+    how = settings.guard
+    if next(alias_selectors(policy.selector, abi), None) is None:
+        if settings.host_guard is Guard.BARE:
+            return ()
+        how = settings.host_guard if how is Guard.AUTO else how
+        if sole and how is not Guard.DISCARD:
+            return filler_policies(policy, abi, settings.owner)
+    return guard_policies(policy, image, abi, how, settings.owner)
+
+
+def _passes_another(book: Book, work: Work, before: Image) -> bool:
+    """Linux: whether the priority gets stronger past another policy of the same networks."""
+    assert work.policy is not None
+    after = work.policy.priority
+    if after >= before.priority:
+        return False
+    pair = book.indexes[int(work.tracked.direction)].pair(work.tracked)
+    if any(other.indexed is not None and after <= other.indexed <= before.priority for other in pair):
+        return True
+    return book.stranger_between(work.tracked, after, before.priority)
+
+
+def stand_guards(book: Book, works: Sequence[Work]) -> Steps:
+    """See to it that whatever needs a guard has one.
+
+    A policy whose guard did not come to stand is not updated: what stands is better than nothing for a moment.
+    """
+    updates = [work for work in works if work.step is Step.UPDATE]
+    if book.abi.stronger_update_shows_none and book.settings.guard is not Guard.BARE:
+        yield from _look_for_strangers(book, updates)
+    waiting = [(work, list(plan)) for work in updates if (plan := plan_guard(book, work))]
+    stale = [work for work in updates if work.tracked.leftover]
+    if not waiting and not stale:
+        return
+    yield ENTER
+    if stale:
+        yield from drop_leftovers(book, stale)
+        for work in stale:
+            _refuse_behind_stale(book, work)
+    while waiting := [(work, candidates) for work, candidates in waiting if work.step is Step.UPDATE]:
+        tries = []
+        for work, candidates in waiting:
+            guard = candidates.pop(0)
+            work.tracked.leftover = (*work.tracked.leftover, guard)
+            work.guards.append(MessageType.SPDADD)
+            tries.append((work, guard, candidates))
+        replies = yield Ask([policy_message(MessageType.SPDADD, guard, book.abi) for _, guard, _ in tries])
+        waiting = []
+        for (work, guard, candidates), reply in zip(tries, replies, strict=True):
+            if not isinstance(reply, PFKeyError):
+                asked, stored = book.image(guard), book.image(policy_from(reply))
+                if stored != asked:
+                    _stored_otherwise(book, work, asked, stored)
+                continue
+            if not uncertain(reply):
+                without(work.tracked, guard)
+                if isinstance(reply, FileExistsError) and candidates:
+                    waiting.append((work, candidates))
+                    continue
+            _not_guarded(work, reply)
+
+
+def _stored_otherwise(book: Book, work: Work, asked: Image, stored: Image) -> None:
+    """The kernel would make the same of the policy itself; what stands is left alone, the guard goes."""
+    text = f"{book.abi} stored {image_text(stored)} as a guard of {work.tracked}, not {image_text(asked)}"
+    work.fail(StoredOtherwise(f"{text}; it was not updated and still is {image_text(work.before.image)}"))
+    work.take_back()
+    work.step = Step.NOTHING
+
+
+def _not_guarded(work: Work, error: PFKeyError) -> None:
+    stands = image_text(work.before.image)
+    say_more(error, f"it was to guard an update ({work.why}); {work.tracked} was not updated and still is {stands}")
+    work.fail(error)
+    work.take_back()
+    work.step = Step.NOTHING
+
+
+def _refuse_behind_stale(book: Book, work: Work) -> None:
+    """A former guard that would not go must not come to stand in front of what is new."""
+    assert work.policy is not None
+    for guard in work.tracked.leftover:
+        if not book.abi.has_priority or guard.priority <= work.policy.priority:
+            work.fail(
+                PFKeyError(
+                    f"{work.tracked} was not updated: a guard of a former update ({guard.selector}) could not be"
+                    f" deleted and would stay in front of it; {'; '.join(work.notes)}"
+                )
+            )
+            work.take_back()
+            work.step = Step.NOTHING
+            return
+
+
+def _look_for_strangers(book: Book, works: Sequence[Work]) -> Steps:
+    """Linux: policies of others may lie between the old priority and the new one; a step of one leaves no room."""
+    book.forget_strangers()
+    if not any(
+        work.before.image is not None
+        and work.policy is not None
+        and work.before.image.priority - work.policy.priority > 1
+        for work in works
+    ):
+        return
+    try:
+        rows = yield Dump()
+    except (PFKeyError, OSError) as error:
+        log.warning("other policies could not be read, so priorities that get stronger are guarded: %s", error)
+        book.see_strangers(None)
+    else:
+        book.see_strangers(rows)

@@ -1,0 +1,150 @@
+"""Compares what a tracker believes with what a kernel says, and puts right what differs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .book import Book
+from .constants import Direction
+from .errors import PFKeyError
+from .guards import Kind, read_tag
+from .messages import Policy, Selector
+from .recovery import see_to_guards
+from .settle import settle
+from .tracker import Installed, State, TrackedPolicy, image_text
+from .work import ENTER, Change, Dump, Run, Steps, Work, is_entry, read
+
+__all__ = ["Difference", "compare", "resync", "sweep"]
+
+log = logging.getLogger("pfkey.keeper")
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One policy that was not what the tracker believed: what it believed, what it found, and what it did."""
+
+    direction: Direction
+    selector: Selector
+    believed: str
+    found: str
+    change: Change | None
+    error: PFKeyError | None = None
+
+    def __str__(self) -> str:
+        done = f"not put right: {self.error}" if self.error else repr(self.change)
+        return f"{self.direction.name.lower()} {self.selector}: believed {self.believed}, found {self.found}; {done}"
+
+
+def resync(book: Book, everything: Sequence[TrackedPolicy]) -> Run[tuple[Difference, ...]]:
+    """Read the whole SPD once; every policy that is not what it should be goes through the table."""
+    yield ENTER
+    rows = yield Dump()
+    yield from see_to_guards(book, rows)
+    book.recovered = True
+    before = {tracked: tracked.installed for tracked in everything}
+    differing = yield from compare(book, everything, rows)
+    works = [
+        Work(tracked)
+        for tracked in everything
+        if tracked in differing or tracked.leftover or not (tracked.holds_top() or _lingers(tracked))
+    ]
+    for work in works:
+        troubles = work.tracked.troubles
+        if troubles is not None and troubles.contested:
+            troubles.contested, troubles.strikes = False, []
+    found = {work.tracked: work.tracked.installed for work in works}
+    if works:
+        yield from settle(book, works)
+    return tuple(
+        Difference(
+            work.tracked.direction,
+            work.tracked.selector,
+            _text(before[work.tracked]),
+            _text(found[work.tracked]),
+            None if work.error else work.change,
+            work.error,
+        )
+        for work in works
+        if work.tracked in differing or work.sent or work.error
+    )
+
+
+def _lingers(tracked: TrackedPolicy) -> bool:
+    return tracked.troubles is not None and tracked.troubles.lingers_until is not None
+
+
+def _text(installed: Installed) -> str:
+    if installed.state is State.UNKNOWN:
+        return "something not certain"
+    return ("somebody else's " if installed.state is State.FOREIGN else "") + image_text(installed.image)
+
+
+def compare(book: Book, everything: Sequence[TrackedPolicy], rows: Sequence[Policy]) -> Run[set[TrackedPolicy]]:
+    """Note what the rows of a dump say of each policy; which of them are not what was believed."""
+    entries: dict[int, Policy] = {}
+    others: dict[tuple[int, tuple[int, ...]], Policy] = {}
+    for row in rows:
+        tracked = book.ids.get(row.id)
+        if tracked is not None and is_entry(tracked, row):
+            entries[row.id] = row
+        else:
+            others[int(row.direction), row.selector.identity] = row
+    differing: set[TrackedPolicy] = set()
+    doubtful: list[TrackedPolicy] = []
+    for tracked in everything:
+        installed = tracked.installed
+        entry = entries.get(installed.policy_id) if installed.policy_id else None
+        key = (int(tracked.direction), tracked.selector.identity)
+        if (
+            entry is not None
+            and installed.state is State.OURS
+            and book.image(entry, installed.image) is installed.image
+        ):
+            continue
+        if entry is None and key not in others and installed.state is State.ABSENT:
+            continue
+        if installed.state is not State.UNKNOWN:
+            book.note(tracked, installed.doubted())
+        doubtful.append(tracked)
+        differing.add(tracked)
+    if doubtful:
+        before = {tracked: tracked.installed for tracked in doubtful}
+        unread = yield from read(book, doubtful)
+        for tracked in doubtful:
+            if tracked in unread:
+                book.note(tracked, before[tracked])
+    return differing
+
+
+def sweep(book: Book, seize: Callable[[TrackedPolicy], None]) -> Steps:
+    """Take in what carries this tracker's tag and is not tracked: nobody wants it, so the table deletes it.
+
+    `seize` is called with each policy that is taken in.
+    """
+    yield ENTER
+    rows = yield Dump()
+    yield from see_to_guards(book, rows)
+    book.recovered = True
+    wanted: dict[TrackedPolicy, Policy] = {}
+    for row in sorted(rows, key=lambda row: row.id):
+        tag = read_tag(row.lifetime_hard, book.abi)
+        if tag is None or tag.owner != book.settings.owner or tag.kind is not Kind.POLICY:
+            continue
+        if int(row.direction) not in book.tables:
+            continue
+        tracked = book.get(row.direction, row.selector)
+        if tracked is None:
+            tracked = book.open(Direction(row.direction), row.selector)
+        if is_entry(tracked, row):
+            wanted[tracked] = row
+    for tracked, row in wanted.items():
+        seize(tracked)
+        if tracked.installed.state in (State.ABSENT, State.UNKNOWN):
+            book.read(tracked, row)
+    for key, guards in list(book.orphans.items()):
+        mine = [guard for guard in guards if book.is_mine(guard)]
+        if mine:
+            tracked = book.open(Direction(key[0]), mine[0].selector)
+            seize(tracked)

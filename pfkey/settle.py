@@ -1,0 +1,310 @@
+"""Brings a kernel to what the tracked policies ask for, in rounds of three barriers.
+
+1. Guards of the updates that need one.
+2. New policies, then updates, of either first those that protect; an update only when its guard stands.
+3. After a pause where packets under way must get through: the guards go, and the policies that nobody uses.
+
+What a rejection leaves behind is read and repaired in another round.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from .book import Book, Ownership
+from .constants import Action, MessageType
+from .errors import EncodeError, ForeignPolicy, KernelError, NotSupported, PFKeyError
+from .guarding import stand_guards
+from .messages import Policy
+from .overlaps import overlap
+from .recovery import AT_WORK, recover
+from .reorder import by_rank, moves, needs_order, reorder
+from .tracker import Installed, State, Step, TrackedPolicy, decide, image_text
+from .typed import policy_message
+from .work import (
+    ENTER,
+    GRACE,
+    MESSAGES,
+    Ask,
+    Run,
+    Steps,
+    StoredOtherwise,
+    Work,
+    drop_leftovers,
+    policy_of,
+    read,
+    start,
+    take,
+    uncertain,
+)
+
+__all__ = ["settle"]
+
+log = logging.getLogger("pfkey.keeper")
+
+_ROUNDS = 4
+"""Once as asked; once to read what an SPDADD met, or to repair what a rejection left; the rest for what comes then."""
+
+
+def settle(book: Book, works: Sequence[Work]) -> Steps:
+    """Follow the table for each policy until nothing is left to do; errors end up in the works.
+
+    BaseExceptions of whoever runs this (KeyboardInterrupt, a cancelled task) come out of it, after guards that stand
+    have been seen to.
+    """
+    AT_WORK.add(book)
+    try:
+        if book.abi.one_writer or not book.recovered:
+            yield ENTER
+        if not book.recovered:
+            yield from recover(book)
+            for work in works:
+                book.remember(work.tracked)
+        yield from _rounds(book, works)
+    except PFKeyError as error:  # the SPD is locked, or could not be
+        for work in works:
+            if not work.sent:
+                work.fail(error)
+                work.take_back()
+    except BaseException:
+        guarded = [Work(work.tracked) for work in works if work.tracked.leftover]
+        if guarded:
+            log.warning("interrupted while guards stand; they are seen to first")
+            yield from _rounds(book, guarded)
+        raise
+    finally:
+        AT_WORK.discard(book)
+
+
+def _rounds(book: Book, works: Sequence[Work]) -> Steps:
+    pending = list(works)
+    for _ in range(_ROUNDS):
+        movers = yield from _round(book, pending)
+        pending = [work for work in [*pending, *movers] if _needs_another(work)]
+        for work in pending:
+            work.existed = work.mover = False
+        if not pending:
+            return
+
+
+def _needs_another(work: Work) -> bool:
+    """Whether something is left to do that the next call should not have to.
+
+    What is unknown for want of an answer is left to the next call, unless a guard stands for it.
+    """
+    tracked, error = work.tracked, work.error
+    if work.existed:
+        return True
+    if error is None:
+        return False
+    if isinstance(error, StoredOtherwise):
+        return not tracked.holds_top()
+    in_doubt = tracked.installed.state is State.UNKNOWN
+    if tracked.leftover and work.step is Step.UPDATE:
+        return True
+    return in_doubt and isinstance(error, KernelError) and not error.outcome_unknown
+
+
+def _round(book: Book, works: Sequence[Work]) -> Run[list[Work]]:
+    """Read what is not known, decide, and carry out; what had to be moved behind is returned."""
+    yield from _look(book, works)
+    for work in works:
+        if work.step in MESSAGES:
+            _prepare(book, work)
+    adding = [work for work in works if work.step in (Step.ADD, Step.UPDATE)]
+    movers: list[Work] = []
+    if not book.abi.has_priority and adding:
+        movers = moves(book, adding)
+        if movers or needs_order(book, adding):
+            yield from reorder(book, [*adding, *movers])
+            adding = []
+    yield from stand_guards(book, adding)
+    yield from _install(book, adding)
+    yield from _remove(book, works)
+    main = next(iter(works), None)
+    for mover in movers:
+        if main is not None:
+            main.guards += mover.guards
+            mover.guards = []
+    return movers
+
+
+# Reading, and the table.
+
+
+def _look(book: Book, works: Sequence[Work]) -> Steps:
+    doubtful: list[TrackedPolicy] = []
+    for work in works:
+        installed = work.tracked.installed
+        if installed.state is State.FOREIGN:  # its owner may have deleted it since
+            book.note(work.tracked, Installed(State.UNKNOWN, None, installed.policy_id))
+        if work.tracked.installed.state is State.UNKNOWN:
+            doubtful.append(work.tracked)
+    unread: dict[TrackedPolicy, BaseException] = {}
+    if doubtful:
+        unread = yield from read(book, doubtful)
+    seen = set(doubtful) - unread.keys()
+    for work in works:
+        work.was_read |= work.tracked in seen
+        work.step = _decide(book, work, unread.get(work.tracked))
+
+
+def _decide(book: Book, work: Work, unread: BaseException | None) -> Step:
+    tracked = work.tracked
+    if unread is not None:
+        return _unread(work, unread)
+    step = decide(tracked.desired, tracked.installed)
+    if step is Step.REFUSE:
+        return _claim(book, work)
+    if step is Step.DELETE and tracked.troubles is not None and tracked.troubles.lingers_until is not None:
+        return Step.NOTHING
+    return step
+
+
+def _unread(work: Work, why: BaseException) -> Step:
+    """What may be done although reading failed too: an update of what was ours, never a deletion."""
+    tracked = work.tracked
+    if work.existed:
+        work.fail(
+            ForeignPolicy(
+                f"{tracked} is in the kernel already, and whose it is could not be read ({why}); it was left alone"
+            )
+        )
+        work.take_back()
+    elif tracked.top is not None and tracked.installed.was_ours and work.error is None:
+        return Step.UPDATE
+    else:
+        work.fail(
+            PFKeyError(
+                f"what the kernel holds for {tracked} is not known and could not be read ({why}); nothing was sent,"
+                " the next call reads it again"
+            )
+        )
+    return Step.NOTHING
+
+
+def _claim(book: Book, work: Work) -> Step:
+    """Somebody else's policy is in our place: the ownership choice."""
+    tracked, installed = work.tracked, work.tracked.installed
+    if book.settings.ownership is Ownership.REFUSE:
+        held = image_text(installed.image)
+        work.fail(
+            ForeignPolicy(
+                f"{tracked} belongs to somebody else (the kernel holds {held}); it was left alone. Delete it first if"
+                " it is not needed, use another selector, or let the tracker adopt it",
+                policy=policy_of(tracked, installed.image, installed.policy_id),
+            )
+        )
+        work.take_back()
+        return Step.NOTHING
+    log.warning("%s was somebody else's (%s) and is ours from now on", tracked, image_text(installed.image))
+    book.note(tracked, Installed(State.OURS, installed.image, installed.policy_id, was_ours=True))
+    work.notes.append("it was somebody else's")
+    if book.settings.ownership is Ownership.TAKE_OVER:
+        return Step.UPDATE
+    return decide(tracked.desired, tracked.installed)
+
+
+def _prepare(book: Book, work: Work) -> None:
+    """What exactly is to be sent; refuse what the kernel would reject or store as something else."""
+    tracked = work.tracked
+    work.before = tracked.installed
+    if work.step is Step.DELETE:
+        image = tracked.installed.image
+        work.policy = Policy(tracked.direction, tracked.selector, image.action if image else Action.NONE)
+        return
+    top = tracked.top
+    assert top is not None
+    work.policy, work.image = tracked.policy(top, book.tag), tracked.image(top)
+    try:
+        book.check_policy(work.policy)
+    except (NotSupported, EncodeError) as error:
+        work.fail(error)
+        work.take_back()
+        work.step = Step.NOTHING
+
+
+# The second barrier: what is to stand.
+
+
+def _protects(work: Work) -> bool:
+    """Its policy holds packets back, or secures them."""
+    return work.policy is not None and work.policy.action != Action.NONE
+
+
+def _install(book: Book, works: Sequence[Work]) -> Steps:
+    """Send SPDADDs and SPDUPDATEs, and take the answers in."""
+    ready = [work for work in works if work.step in (Step.ADD, Step.UPDATE)]
+    if not ready:
+        return
+    if book.abi.has_priority:
+        ready.sort(key=lambda work: (not _protects(work), work.step is Step.UPDATE))
+    else:
+        ready.sort(key=by_rank)
+    replies = yield Ask([start(book, work) for work in ready])
+    for work, reply in zip(ready, replies, strict=True):
+        take(book, work, reply)
+
+
+# The third barrier: what is to go.
+
+
+def _remove(book: Book, works: Sequence[Work]) -> Steps:
+    """Delete guards whose policy stands, and policies that nobody uses."""
+    if any(work.waits and work.tracked.leftover for work in works):
+        yield GRACE
+    yield from drop_leftovers(book, works)
+    going = [work for work in works if work.step is Step.DELETE]
+    failed = [work for work in works if work.error is not None and work.step is not Step.DELETE]
+    if failed:
+        going = [work for work in going if not _has_to_stay(work, failed)]
+    if not going:
+        return
+    going.sort(key=_protects)
+    messages = []
+    for work in going:
+        work.sent.append(MessageType.SPDDELETE)
+        assert work.policy is not None
+        book.note(work.tracked, work.tracked.installed.doubted())
+        messages.append(policy_message(MessageType.SPDDELETE, work.policy, book.abi))
+    replies = yield Ask(messages)
+    rejected: list[Work] = []
+    for work, reply in zip(going, replies, strict=True):
+        if not isinstance(reply, PFKeyError):
+            book.read(work.tracked, None)
+            continue
+        work.fail(reply)
+        if not uncertain(reply):
+            rejected.append(work)
+    if rejected:
+        yield from _not_deleted(book, rejected)
+
+
+def _not_deleted(book: Book, works: Sequence[Work]) -> Steps:
+    """FreeBSD answers EINVAL for more than an absent policy: it is absent when a read says so."""
+    name = book.abi.absent_policy_error
+    absent = [work for work in works if isinstance(work.error, KernelError) and work.error.name == name]
+    unread = (yield from read(book, [work.tracked for work in absent])) if absent else {}
+    for work in works:
+        if work in absent and work.tracked not in unread and work.tracked.installed.state is not State.OURS:
+            log.warning("%s was already gone from the kernel when it was to be deleted", work.tracked)
+            work.error = None
+        else:
+            book.note(work.tracked, work.before)
+
+
+def _has_to_stay(work: Work, failed: Sequence[Work]) -> bool:
+    """Whether a policy must stay because what was to take its packets over did not come to stand."""
+    for other in failed:
+        if other.tracked.direction != work.tracked.direction or other.tracked.installed.state is State.OURS:
+            continue
+        if overlap(other.tracked.selector, work.tracked.selector):
+            work.fail(
+                PFKeyError(
+                    f"{work.tracked} was not deleted: {other.tracked}, which was to take its packets over, could not be"
+                    " installed; it stays until the next call for it, or flush()"
+                )
+            )
+            return True
+    return False

@@ -1,0 +1,233 @@
+"""What calls do to the lists of policies, one call or a transaction of many, before the kernel hears of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from .abi import Abi
+from .assignment import Assignment
+from .book import Book
+from .constants import Action, Direction, Level, MessageType, SAProtocol
+from .errors import EncodeError, PFKeyError, TransactionError
+from .messages import Selector
+from .tracker import State, TrackedPolicy, Troubles, Undo, image_text
+from .work import LINGERS, UNCHANGED, UNUSED, Change, Work
+
+__all__ = ["POSTPONED", "Transaction", "change_of", "check", "close_error", "shift", "state_text", "tunnel_calls"]
+
+_SILENT = Change(reason=UNCHANGED)
+_SPARED = Change(avoided=(MessageType.SPDUPDATE,), reason=UNCHANGED)
+_UNUSED = Change(reason=UNUSED)
+_LINGERING = Change(avoided=(MessageType.SPDDELETE,), reason=LINGERS)
+POSTPONED = Change(reason="part of a transaction: what is sent is decided at its end")
+
+
+def check(book: Book, tracked: TrackedPolicy, assignment: Assignment) -> None:
+    """Refuse what the kernel is known to reject or to store as something else, before anything is sent."""
+    if tracked.holds(assignment):
+        return
+    if assignment.action == Action.IPSEC:
+        for template in assignment.templates:
+            if template.level == Level.UNIQUE and not template.reqid:
+                raise EncodeError(
+                    f"{template} in {tracked}: level unique without a reqid lets the kernel choose one, which no"
+                    " tracker can compare; give the reqid, or level REQUIRE"
+                )
+    book.check_policy(tracked.policy(assignment))
+
+
+def shift(book: Book, tracked: TrackedPolicy, old: Assignment | None, new: Assignment | None) -> list[Undo]:
+    """Take `old` out of the list and put `new` in; what takes that back."""
+    if new is None:
+        assert old is not None
+        return [tracked.remove(old)]
+    if old is None:
+        check(book, tracked, new)
+        return [tracked.insert(new)]
+    if old == new:
+        tracked.undo(tracked.remove(old))  # it must be there
+        return []
+    check(book, tracked, new)
+    return [tracked.remove(old), tracked.insert(new)]
+
+
+def change_of(book: Book, tracked: TrackedPolicy, top: Assignment | None) -> Change | None:
+    """The Change when the kernel need not hear of anything; None when it has to be asked or told something.
+
+    `top` is the assignment that was on top before.
+    """
+    installed = tracked.installed
+    if tracked.leftover:
+        return None
+    now = tracked.top
+    troubles = tracked.troubles
+    if troubles is not None and _is_over(tracked, troubles, now):
+        tracked.troubles = None
+    if now is not None:
+        if not tracked.holds(now):
+            return None
+        return _SILENT if now is top or now == top else _SPARED
+    if installed.state is State.ABSENT:
+        return _UNUSED
+    if installed.state is State.OURS and book.settings.linger > 0:
+        if tracked.troubles is None:
+            tracked.troubles = Troubles()
+        tracked.troubles.lingers_until = time.monotonic() + book.settings.linger
+        return _LINGERING
+    return None
+
+
+def _is_over(tracked: TrackedPolicy, troubles: Troubles, now: Assignment | None) -> bool:
+    """A lingering policy is used again; whether nothing else is the matter with it."""
+    if now is not None:
+        troubles.lingers_until = None
+    return troubles.lingers_until is None and not troubles.contested and not troubles.strikes
+
+
+class Transaction:
+    """Many adds, removes and replaces that the kernel hears of at the end: see `PolicyTracker.transaction`.
+
+    `changes` says afterwards what was done for each policy, `sent` which messages that took, guards included.
+    """
+
+    def __init__(self, tracker: Any, *, sweep: bool) -> None:
+        self._tracker = tracker
+        self.sweep = sweep
+        self._touched: dict[TrackedPolicy, tuple[Assignment | None, bool, list[Undo]]] = {}
+        self._changes: list[tuple[TrackedPolicy, Change]] = []
+        self.over = False
+
+    def __len__(self) -> int:
+        """How many policies it touches."""
+        return len(self._touched)
+
+    @property
+    def changes(self) -> dict[tuple[Direction, Selector], Change]:
+        """What came of it, by policy; empty before its end."""
+        return {(tracked.direction, tracked.selector): change for tracked, change in self._changes}
+
+    @property
+    def sent(self) -> tuple[MessageType, ...]:
+        """All messages that it took, those for guards included."""
+        return tuple(kind for _, change in self._changes for kind in (*change.guard, *change.sent))
+
+    # For the trackers, under their locks.
+
+    def touch(self, book: Book, tracked: TrackedPolicy, old: Assignment | None, new: Assignment | None) -> None:
+        """Change the list of a policy, which is this transaction's from now on."""
+        touched = self._touched.get(tracked)
+        if touched is None:
+            top = tracked.top
+            self._touched[tracked] = (top, new is not None, shift(book, tracked, old, new))
+            return
+        steps = shift(book, tracked, old, new)
+        touched[2].extend(steps)
+        if new is not None and not touched[1]:
+            self._touched[tracked] = (touched[0], True, touched[2])
+
+    def hold(self, tracked: TrackedPolicy) -> None:
+        """It is to be looked at too."""
+        self._touched.setdefault(tracked, (tracked.top, False, []))
+
+    def __iter__(self) -> Iterator[TrackedPolicy]:
+        return iter(self._touched)
+
+    def roll_back(self) -> None:
+        """Restore every list."""
+        for tracked, (_, _, steps) in self._touched.items():
+            for step in reversed(steps):
+                tracked.undo(step)
+
+    def works(self, book: Book) -> list[Work]:
+        """What the kernel has to hear of; the rest is noted as unchanged."""
+        works: list[Work] = []
+        for tracked, (top, added, steps) in self._touched.items():
+            change = change_of(book, tracked, top)
+            if change is not None:
+                self._changes.append((tracked, change))
+                continue
+            works.append(Work(tracked, steps if added else None, avoided=_avoided(tracked, top)))
+        return works
+
+    def finish(self, works: list[Work]) -> None:
+        """Note what came of them; TransactionError names those that failed."""
+        self._changes += [(work.tracked, work.change) for work in works]
+        close_error(works, "could not be brought to what was asked")
+
+
+def _avoided(tracked: TrackedPolicy, top: Assignment | None) -> tuple[MessageType, ...]:
+    """What a program that never compares would have sent."""
+    now = tracked.top
+    if now is None or now is top or now == top:
+        return ()
+    return (MessageType.SPDUPDATE if top is not None else MessageType.SPDADD,)
+
+
+def close_error(works: list[Work], what: str) -> None:
+    """Raise the TransactionError that the failures among these make, if any failed."""
+    failed: list[tuple[str, PFKeyError, str]] = [
+        (str(work.tracked), work.error, state_text(work.tracked)) for work in works if work.error is not None
+    ]
+    if not failed:
+        return
+    shown = "; ".join(f"{name} ({state}): {error}" for name, error, state in failed[:5])
+    more = f"; and {len(failed) - 5} more" if len(failed) > 5 else ""
+    noun = "policy" if len(failed) == 1 else "policies"
+    raise TransactionError(
+        f"{len(failed)} {noun} {what}: {shown}{more}",
+        {name: error for name, error, _ in failed},
+        {name: state for name, _, state in failed},
+    ) from failed[0][1]
+
+
+def state_text(tracked: TrackedPolicy) -> str:
+    """What the kernel holds for it, in words."""
+    installed = tracked.installed
+    if installed.state is State.UNKNOWN:
+        return "what the kernel holds is not known, the next call reads it"
+    if installed.state is State.ABSENT:
+        return "the kernel holds nothing"
+    whose = "somebody else's: " if installed.state is State.FOREIGN else ""
+    return f"the kernel holds {whose}{image_text(installed.image)}"
+
+
+def tunnel_calls(
+    abi: Abi,
+    selector: Selector,
+    old: tuple[Assignment | None, Assignment | None],
+    new: tuple[Assignment | None, Assignment | None],
+) -> Iterator[tuple[Direction, Selector, Assignment | None, Assignment | None]]:
+    """The calls for a whole tunnel, as (direction, selector, old, new).
+
+    Inbound first, so that nothing arrives unexpected; when it goes, outbound first.
+    """
+    directions = sorted(abi.directions, key=lambda way: way is Direction.OUT)
+    if new[0] is None:
+        directions.reverse()
+    backwards = selector.reversed()
+    for direction in directions:
+        if direction is Direction.OUT:
+            yield direction, selector, old[0], new[0]
+        else:
+            yield direction, backwards, _inbound(*old), _inbound(*new)
+
+
+def _inbound(outbound: Assignment | None, given: Assignment | None) -> Assignment | None:
+    """What comes back through the same tunnel.
+
+    A peer sends what does not get smaller uncompressed, so IPComp is optional there (RFC 3173 section 2.2).
+    """
+    if given is not None or outbound is None:
+        return given
+    turned = outbound.reversed()
+    if all(template.protocol != SAProtocol.IPCOMP for template in turned.templates):
+        return turned
+    templates = (
+        replace(template, level=Level.USE) if template.protocol == SAProtocol.IPCOMP else template
+        for template in turned.templates
+    )
+    spi, action, rank, priority = turned.spi, turned.action, turned.rank, turned.priority
+    return Assignment(*templates, spi=spi, action=action, rank=rank, priority=priority)

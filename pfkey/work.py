@@ -1,0 +1,384 @@
+"""One policy that is looked at, and the exchanges that carry its step out: what is sent, what an answer means.
+
+Everything that needs I/O is a generator that yields what it needs (Ask, Dump, GRACE, ENTER) to whoever runs it over a
+blocking or an asyncio connection, and gets the results back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple, TypeVar
+
+from .book import Book
+from .codec import Message
+from .constants import Action, ExtensionType, MessageType
+from .errors import KernelError, NotSupported, PFKeyError
+from .messages import Policy, PolicyExtension
+from .tracker import ABSENT, Image, Installed, State, Step, TrackedPolicy, Undo, image_text, templates_of
+from .typed import policy_from, policy_message
+
+__all__ = [
+    "ENTER",
+    "GRACE",
+    "MESSAGES",
+    "Ask",
+    "Change",
+    "Dump",
+    "Need",
+    "Steps",
+    "StoredOtherwise",
+    "Work",
+    "drop_leftovers",
+    "is_entry",
+    "policy_of",
+    "read",
+    "say_more",
+    "start",
+    "take",
+    "uncertain",
+]
+
+log = logging.getLogger("pfkey.keeper")
+
+T = TypeVar("T")
+
+
+# What a run needs of the outside.
+
+
+class Ask(NamedTuple):
+    """Send these; the result is for each its answer or the PFKeyError that it met."""
+
+    messages: list[Message]
+
+
+class Dump(NamedTuple):
+    """All policies of the main table, as a sequence of Policy; may raise a PFKeyError."""
+
+
+class Need(NamedTuple):
+    """One of the two below."""
+
+    name: str
+
+
+ENTER: Final = Need("enter")
+"""Be the only writer of this kernel's SPD from now on, until the run is over; may raise a PFKeyError."""
+GRACE: Final = Need("grace")
+"""Go on when every packet that looks at the SPD now is through."""
+
+Effect = Ask | Dump | Need
+Run = Generator[Effect, Any, T]
+Steps = Run[None]
+
+
+# What comes of it.
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Change:
+    """What one call did.
+
+    `sent` holds the message sent for the policy itself, at most one, and is empty when nothing had to be sent.  `guard`
+    holds the messages for its guard, usually none, and those that put other policies behind it again on kernels that
+    order by insertion.  `avoided` is what a program that never compares would have sent, `reason` the rule behind it
+    all, `warnings` what is wrong with the policy beside others.
+    """
+
+    sent: tuple[MessageType, ...] = ()
+    guard: tuple[MessageType, ...] = ()
+    avoided: tuple[MessageType, ...] = ()
+    reason: str = ""
+    warnings: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        def names(kinds: tuple[MessageType, ...]) -> str:
+            return "(" + ", ".join(kind.name for kind in kinds) + (",)" if len(kinds) == 1 else ")")
+
+        return f"Change(sent={names(self.sent)}" + (f", guard={names(self.guard)})" if self.guard else ")")
+
+
+UNCHANGED = "what the kernel holds is what the assignment on top asks for"
+UNUSED = "nobody uses it and the kernel does not hold it"
+LINGERS = "nobody uses it now; it stays for a while, in case somebody comes"
+MESSAGES = {Step.ADD: MessageType.SPDADD, Step.UPDATE: MessageType.SPDUPDATE, Step.DELETE: MessageType.SPDDELETE}
+REASONS = {
+    MessageType.SPDADD: "the kernel held no policy",
+    MessageType.SPDUPDATE: "what the assignment on top asks for differs from what the kernel holds",
+    MessageType.SPDDELETE: "no assignment is left",
+}
+
+
+class StoredOtherwise(NotSupported):
+    """The kernel accepted a policy and stored another."""
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """One policy that is looked at: what its list went through, what is to be done, what came of it."""
+
+    tracked: TrackedPolicy
+    undo: list[Undo] | None = None
+    """What takes the caller's changes of the list back when the kernel refuses; None: they stay whatever it says."""
+    avoided: tuple[MessageType, ...] = ()
+    mover: bool = False
+    """It is not to change, only to stand behind another (kernels that order by insertion)."""
+    step: Step = Step.NOTHING
+    policy: Policy | None = None
+    """What is to be sent."""
+    image: Image | None = None
+    before: Installed = ABSENT
+    """What the kernel held before this was sent."""
+    why: str = ""
+    """Why it is guarded."""
+    waits: bool = False
+    """Packets under way must be through before the guard goes."""
+    existed: bool = False
+    """The kernel said that the selector is taken."""
+    was_read: bool = False
+    sent: list[MessageType] = field(default_factory=list)
+    guards: list[MessageType] = field(default_factory=list)
+    error: PFKeyError | None = None
+    notes: list[str] = field(default_factory=list)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def change(self) -> Change:
+        """What the caller gets."""
+        tracked = self.tracked
+        if self.sent:
+            reason = REASONS[self.sent[-1]]
+        elif len(tracked):
+            reason = UNCHANGED
+        elif tracked.troubles is not None and tracked.troubles.lingers_until is not None:
+            reason = LINGERS
+        else:
+            reason = UNUSED
+        notes = ["it was read"] if self.was_read else []
+        if self.guards and self.why:
+            notes.append(f"guarded: {self.why}")
+        notes += self.notes
+        if notes:
+            reason += f" ({'; '.join(notes)})"
+        avoided = () if self.sent else self.avoided
+        return Change(tuple(self.sent[-1:]), (*self.sent[:-1], *self.guards), avoided, reason, self.warnings)
+
+    def take_back(self) -> None:
+        """Undo the caller's changes of the list, the last one first."""
+        for step in reversed(self.undo or ()):
+            self.tracked.undo(step)
+        self.undo = None
+
+    def fail(self, error: PFKeyError) -> None:
+        """It could not be done; the first error is the one to tell."""
+        if self.error is None:
+            self.error = error
+
+
+def say_more(error: PFKeyError, text: str) -> None:
+    """Say more in an error that is on its way."""
+    if isinstance(error, KernelError):
+        error.strerror = f"{error.strerror}; {text}"
+    else:
+        error.args = (f"{error}; {text}", *error.args[1:])
+
+
+def uncertain(error: PFKeyError) -> bool:
+    """Whether the kernel may have done the work all the same."""
+    return not isinstance(error, KernelError) or error.outcome_unknown
+
+
+# Sending a step, and what the answer says.
+
+
+def start(book: Book, work: Work) -> Message:
+    """The SPDADD or SPDUPDATE.  Until it is acknowledged the kernel's side is not known, whatever interrupts us."""
+    assert work.policy is not None
+    kind = MESSAGES[work.step]
+    (work.guards if work.mover or work.error is not None or kind in work.sent else work.sent).append(kind)
+    book.note(work.tracked, work.tracked.installed.doubted(tried=work.image))
+    return policy_message(kind, work.policy, book.abi)
+
+
+def take(book: Book, work: Work, reply: Message | PFKeyError) -> None:
+    """What the answer to it says of the kernel."""
+    if not isinstance(reply, PFKeyError):
+        _acknowledged(book, work, policy_from(reply))
+    elif uncertain(reply):
+        work.fail(reply)
+    else:
+        _rejected(book, work, reply)
+
+
+def _acknowledged(book: Book, work: Work, echo: Policy) -> None:
+    """The reply is the proof: what it echoes is compared with what was asked."""
+    tracked, asked = work.tracked, work.image
+    assert asked is not None
+    image = book.image(echo, asked)
+    indexed = tracked.indexed
+    book.acknowledge(tracked, image, echo.id)
+    if image != asked:
+        log.warning("%s: asked for %s, the kernel stored %s", tracked, image_text(asked), image_text(image))
+        work.fail(StoredOtherwise(f"{book.abi} stored {image_text(image)} for {tracked}, not {image_text(asked)}"))
+        work.take_back()
+        return
+    if work.error is not None and isinstance(work.error, KernelError) and not uncertain(work.error):
+        _tell_repair(work, f"{book.abi} removes the policy in that case; it has been put back")
+    if tracked.indexed != indexed:
+        work.warnings = tuple(book.ties(tracked))
+        for text in work.warnings:
+            log.warning("%s", text)
+
+
+def _rejected(book: Book, work: Work, error: PFKeyError) -> None:
+    """What the kernel holds after it refused: a rejected SPDADD and most rejected updates change nothing."""
+    tracked = work.tracked
+    if work.error is not None and work.step is Step.ADD:
+        _tell_repair(work, f"{book.abi} may remove the policy in that case, and putting it back failed too: {error}")
+    if work.step is Step.ADD and isinstance(error, FileExistsError):
+        # Somebody else was faster, or it is ours from a former life: it is read, and the table decides again.
+        book.note(tracked, Installed(State.UNKNOWN))
+        work.existed = True
+        return
+    if work.step is Step.ADD:
+        book.note(tracked, ABSENT)
+    elif not (book.abi.update_unlinks_first or book.abi.rejected_update_removes):
+        book.note(tracked, work.before)
+    work.fail(error)
+    work.take_back()
+
+
+def _tell_repair(work: Work, text: str) -> None:
+    assert work.error is not None
+    log.warning("%s; %s", work.error, text)
+    say_more(work.error, text)
+
+
+# Guards that have done their duty.
+
+
+def drop_leftovers(book: Book, works: Iterable[Work]) -> Steps:
+    """Delete the guards of policies that stand as they should, or are wanted by nobody, in this order."""
+    going: list[tuple[Work, Policy]] = []
+    for work in works:
+        state = work.tracked.installed.state
+        if state in (State.OURS, State.FOREIGN) or (state is State.ABSENT and not len(work.tracked)):
+            going += [(work, guard) for guard in work.tracked.leftover]
+    if not going:
+        return
+    yield ENTER
+    messages = []
+    for work, guard in going:
+        work.guards.append(MessageType.SPDDELETE)
+        bare = Policy(guard.direction, guard.selector, guard.action)
+        messages.append(policy_message(MessageType.SPDDELETE, bare, book.abi))
+    replies = yield Ask(messages)
+    for (work, guard), reply in zip(going, replies, strict=True):
+        gone = isinstance(reply, KernelError) and not uncertain(reply) and reply.name == book.abi.absent_policy_error
+        if gone or not isinstance(reply, PFKeyError):
+            without(work.tracked, guard)
+            continue
+        log.warning("the guard %s of %s could not be deleted: %s", guard.selector, work.tracked, reply)
+        note = f"its guard {guard.selector} could not be deleted and stays until the next call: {reply}"
+        if note not in work.notes:
+            work.notes.append(note)
+
+
+def without(tracked: TrackedPolicy, guard: Policy) -> None:
+    """This guard is not in the kernel any more."""
+    tracked.leftover = tuple(one for one in tracked.leftover if one is not guard)
+
+
+# Reading.
+
+
+def policy_of(tracked: TrackedPolicy, image: Image | None, policy_id: int = 0) -> Policy | None:
+    """A policy of this selector with such an image."""
+    if image is None:
+        return None
+    way, selector, templates = tracked.direction, tracked.selector, templates_of(image)
+    return Policy(way, selector, image.action, templates, priority=image.priority, id=policy_id)
+
+
+def is_entry(tracked: TrackedPolicy, policy: Policy) -> bool:
+    """Whether a kernel's entry is this very policy: kernels count other host bits as another selector."""
+    selector = policy.selector
+    return (
+        policy.direction == tracked.direction
+        and selector.identity == tracked.selector.identity
+        and (selector.source, selector.destination) == (tracked.selector.source, tracked.selector.destination)
+    )
+
+
+def read(book: Book, doubtful: Sequence[TrackedPolicy]) -> Run[dict[TrackedPolicy, BaseException]]:
+    """Ask the kernel what it holds for each, by id, else by a dump; which of them could not be read, and why."""
+    unread: dict[TrackedPolicy, BaseException] = {}
+    missing: list[TrackedPolicy] = []
+    asked = [tracked for tracked in doubtful if tracked.installed.policy_id]
+    found = yield from _get(book, [tracked.installed.policy_id for tracked in asked])
+    for tracked, policy in zip(asked, found, strict=True):
+        if isinstance(policy, Policy) and is_entry(tracked, policy):
+            book.read(tracked, policy)
+        elif policy is None or isinstance(policy, Policy):
+            missing.append(tracked)
+        else:
+            unread[tracked] = policy
+    missing += [tracked for tracked in doubtful if not tracked.installed.policy_id]
+    for _ in range(2):
+        # Linux leaves an entry that is updated meanwhile out of a dump: without an id, only a second one can tell.
+        if not missing:
+            break
+        try:
+            rows = yield Dump()
+            missing = yield from _match(book, missing, rows)
+        except (PFKeyError, OSError) as error:
+            log.warning("the policies could not be read: %s", error)
+            unread |= dict.fromkeys(missing, error)
+            return unread
+        for tracked in [one for one in missing if one.installed.policy_id]:
+            book.read(tracked, None)
+            missing.remove(tracked)
+    for tracked in missing:
+        book.read(tracked, None)
+    return unread
+
+
+def _match(book: Book, missing: list[TrackedPolicy], rows: Sequence[Policy]) -> Run[list[TrackedPolicy]]:
+    """Find them among the rows of a dump, the newest first; entries that SPDGET does not know (marks) are not them."""
+    wanted = {(int(one.direction), one.selector.identity): one for one in missing}
+    candidates: list[tuple[TrackedPolicy, int]] = []
+    for row in sorted(rows, key=lambda row: row.id, reverse=True):
+        tracked = wanted.get((int(row.direction), row.selector.identity))
+        if tracked is not None and is_entry(tracked, row):
+            candidates.append((tracked, row.id))
+    found = yield from _get(book, [policy_id for _, policy_id in candidates])
+    done: set[TrackedPolicy] = set()
+    for (tracked, _), policy in zip(candidates, found, strict=True):
+        if isinstance(policy, Policy) and tracked not in done and is_entry(tracked, policy):
+            book.read(tracked, policy)
+            done.add(tracked)
+        elif policy is not None and not isinstance(policy, Policy):
+            raise policy
+    return [tracked for tracked in missing if tracked not in done]
+
+
+def _get(book: Book, ids: Sequence[int]) -> Run[list[Policy | PFKeyError | None]]:
+    """The policies with these ids; None for one that the kernel does not know."""
+    if not ids:
+        return []
+    replies = yield Ask([get_message(book, policy_id) for policy_id in ids])
+    results: list[Policy | PFKeyError | None] = []
+    for reply in replies:
+        if isinstance(reply, FileNotFoundError):
+            results.append(None)
+        else:
+            results.append(reply if isinstance(reply, PFKeyError) else policy_from(reply))
+    return results
+
+
+def get_message(book: Book, policy_id: int) -> Message:
+    """SPDGET: kernels look at the id alone, but want a direction and a type that exist."""
+    extension = PolicyExtension(Action.IPSEC, book.abi.directions[-1], policy_id)
+    return Message(MessageType.SPDGET, {ExtensionType.POLICY: extension}, abi=book.abi)
