@@ -243,7 +243,7 @@ def test_rows_of_an_embedded_kernel(profile: str) -> None:
     client = Client(profile)
     for number, selector in enumerate(SELECTORS):
         client.add(discard(selector, number + 1, IN))
-        client.add(esp(Template.transport(), TUNNEL, selector=selector, priority=2**31 + number if number else 1))
+        client.add(esp(TUNNEL, Template.transport(), selector=selector, priority=2**31 + number if number else 1))
     limited = Policy(OUT, Selector("10.9.0.0/16", "10.2.0.0/16"), Action.NONE,
                      lifetime_hard=Lifetime(0, 0, 3600, 60))  # fmt: skip
     client.add(limited)
