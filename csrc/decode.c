@@ -446,10 +446,37 @@ static int read_header(struct reader *reader, const uint8_t *p, size_t length)
 		return fail(reader, PFK_TOO_LONG, p);
 	if (record->length < PFK_HEADER / PFK_WORD)
 		return fail(reader, PFK_STATED_TOO_SHORT, p + 4);
-	if (record->length > length / PFK_WORD)
-		return fail(reader, PFK_TRUNCATED, p + 4);
 	record->words = (uint16_t)(length / PFK_WORD);
 	return 0;
+}
+
+/*
+ * How many bytes more than it sends Linux 6.1 states, 0 where it does not: its count gives back room for the two addresses
+ * that a transport template does not have, of the size of those of the tunnel before it, where it had counted two of
+ * the size of the selector's own (af_key.c, pfkey_xfrm_policy2msg_size).
+ */
+static size_t overcount(const struct reader *reader)
+{
+	const struct pfk_record *record = reader->record;
+	const uint8_t *p = reader->start + record->policy_requests.offset;
+	size_t head = reader->abi->request_size, left = record->policy_requests.length, allotted, returned;
+	size_t own = record->address[0].version == 4 ? PFK_SOCKADDR_IN : PFK_SOCKADDR_IN6, last = own;
+
+	if (!(record->present >> PFK_POLICY & record->present >> PFK_ADDRESS_SRC & 1))
+		return 0;
+	for (allotted = returned = 0; left >= head; ) {
+		size_t size = get16(reader->abi, p);
+
+		if (size > head) {
+			last = ip_version(reader->abi, p + head) == 4 ? PFK_SOCKADDR_IN : PFK_SOCKADDR_IN6;
+		} else {
+			allotted += 2 * own;
+			returned += 2 * last;
+		}
+		p += size;
+		left -= size;
+	}
+	return allotted > returned ? allotted - returned : 0;
 }
 
 /* A promiscuous socket gets other messages wrapped in a header of this type: what follows is no list of extensions. */
@@ -466,11 +493,17 @@ int pfk_decode(const struct pfk_abi *abi, const uint8_t *data, size_t length, st
 	reason = read_header(&reader, data, length);
 	if (reason)
 		return reason;
-	if (record->type == SADB_X_PROMISC) {
+	if (record->type != SADB_X_PROMISC)
+		reason = read_extensions(&reader, length);
+	else
 		record->body = part(&reader, data + PFK_HEADER, length - PFK_HEADER);
+	if (record->length <= record->words)
+		return reason;
+	/* What the header promises is not here: that says more than what the cut did to an extension. */
+	if (reason == 0 && record->length * PFK_WORD == length + overcount(&reader))
 		return 0;
-	}
-	return read_extensions(&reader, length);
+	fault->extension = 0;
+	return fail(&reader, PFK_TRUNCATED, data + 4);
 }
 
 int pfk_decode_many(const struct pfk_abi *abi, const uint8_t *arena, const uint32_t *lengths, size_t count,

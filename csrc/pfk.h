@@ -179,8 +179,9 @@ struct pfk_fault {
  *
  * Trusts nothing in `data`, which holds `length` bytes: one message as received.  A message whose errno is not 0 echoes
  * what a kernel rejected, so content that breaks a rule is kept raw there (its slot is not in `present`) as long as the
- * extensions can be told apart.  A stated length smaller than `length` is accepted (Linux 6.1 says so for policies with
- * a tunnel template of the other address family); what was received is decoded.
+ * extensions can be told apart.  A stated length smaller than `length` is accepted, and one that is larger by as much as
+ * Linux 6.1 miscounts for what is here: policies with a tunnel template of the other address family before a transport
+ * template.  What was received is decoded.
  *
  * Returns 0 and fills `record`, or a reason and fills `fault`.
  */

@@ -132,6 +132,7 @@ def policy(type: int, value: Policy, requests: bytes, abi: Abi) -> Message | Non
     if len(identity) > 8:  # it has a scope
         return None
     version, _, source_bits, _, destination_bits, protocol, source_port, destination_port = identity
+    source, destination = selector.packed
     soft, hard = value.lifetime_soft, value.lifetime_hard
     key = (type + 0, 0, id(abi), -1 - (hard is not None) - 2 * (soft is not None))
     try:
@@ -146,8 +147,8 @@ def policy(type: int, value: Policy, requests: bytes, abi: Abi) -> Message | Non
             head,
             hard.bytes, hard.addtime, hard.usetime, hard.allocations,
             soft.bytes, soft.addtime, soft.usetime, soft.allocations,
-            protocol, source_bits, source_port, version, 0, 0, selector.source.packed,
-            protocol, destination_bits, destination_port, version, 0, 0, selector.destination.packed,
+            protocol, source_bits, source_port, version, 0, 0, source,
+            protocol, destination_bits, destination_port, version, 0, 0, destination,
             value.action, value.direction, value.scope if abi.has_scope else 0,
             value.id, value.priority if abi.has_priority else 0, len(blob), len(requests),
         )  # fmt: skip

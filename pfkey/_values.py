@@ -17,7 +17,8 @@ from .errors import EncodeError
 from .messages import SA, SA2, Address, Algorithm, IPAddress, Key, Lifetime, PolicyExtension, SPIRange, Template
 
 __all__ = [
-    "VALUES", "Blob", "Value", "address_of", "enum_or_int", "flags_of", "lifetime_of", "packed_request", "wire_mode",
+    "VALUES", "Blob", "Value", "address_of", "enum_or_int", "flags_of", "lifetime_of", "packed_request",
+    "policy_fields", "templates_of", "wire_mode",
 ]  # fmt: skip
 
 Value = SA | SA2 | Key | PolicyExtension | SPIRange | tuple[Algorithm, ...] | RareValue | bytes
@@ -214,16 +215,22 @@ def _write_replay(value: int, record: bytearray, blob: Blob, which: int) -> None
     layout.REPLAY.write(record, 0, value)
 
 
-def _read_policy(record: bytes, data: bytes, abi: Abi, which: int) -> PolicyExtension:
+def policy_fields(record: bytes, data: bytes, abi: Abi) -> tuple[Any, Any, Any, int, int, tuple[Template, ...]]:
+    """Action, direction, scope, id, priority and templates of a record that has a policy."""
     action, direction, scope, number, priority, offset, length = cast("tuple[int, ...]", layout.POLICY.read(record))
-    return PolicyExtension(
-        enum_or_int(_ACTIONS, action),
-        enum_or_int(_DIRECTIONS, direction),
+    return (
+        _ACTIONS.get(action, action),
+        _DIRECTIONS.get(direction, direction),
+        _SCOPES.get(scope, scope) if abi.has_scope else 0,
         number,
         priority,
-        _templates(data, offset, offset + length, abi),
-        enum_or_int(_SCOPES, scope) if abi.has_scope else 0,
+        templates_of(data[offset : offset + length], abi),
     )
+
+
+def _read_policy(record: bytes, data: bytes, abi: Abi, which: int) -> PolicyExtension:
+    action, direction, scope, number, priority, templates = policy_fields(record, data, abi)
+    return PolicyExtension(action, direction, number, priority, templates, scope)
 
 
 def _write_policy(value: PolicyExtension, record: bytearray, blob: Blob, which: int) -> None:
@@ -242,10 +249,12 @@ _REQUEST = {
 }
 
 
-def _templates(data: bytes, start: int, end: int, abi: Abi) -> tuple[Template, ...]:
+@lru_cache(_REMEMBERED)
+def templates_of(data: bytes, abi: Abi) -> tuple[Template, ...]:
     """The requests of a policy, which the core has validated."""
     head = _REQUEST[abi.byteorder, abi.request_size]
     templates = []
+    start, end = 0, len(data)
     while start + abi.request_size <= end:
         length, protocol, mode, level, *rest = head.unpack_from(data, start)
         reqid = rest[0] if abi.request_size == 8 else rest[1]

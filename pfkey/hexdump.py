@@ -131,17 +131,34 @@ def _unhexed(data: bytes) -> list[bytes]:
     return [bytes.fromhex(digits.decode())]
 
 
+_Order = Literal["little", "big"]
+_ORDERS: tuple[_Order, ...] = ("little", "big")
+_OVERCOUNT = 15
+"""Linux 6.1 states up to so many words more than it sends: 3 for each of five transport templates behind a tunnel."""
+
+
 def _begins_a_message(data: bytes) -> bool:
-    if len(data) < 16 or len(data) % 8 or data[0] != 2:
+    """Whether it is one message, by what its header says."""
+    if len(data) % 8:
         return False
-    orders: tuple[Literal["little", "big"], ...] = ("little", "big")
-    return any(2 <= int.from_bytes(data[4:6], order) <= len(data) // 8 for order in orders)
+    return any(
+        _is_header(data, 0, order) and _words(data, 4, order) <= len(data) // 8 + _OVERCOUNT for order in _ORDERS
+    )
+
+
+def _is_header(data: bytes, at: int, order: _Order) -> bool:
+    return len(data) - at >= 16 and data[at] == 2 and data[at + 1] != 0 and _words(data, at + 4, order) >= 2
+
+
+def _words(data: bytes, at: int, order: _Order) -> int:
+    return int.from_bytes(data[at : at + 2], order)
 
 
 def split(data: bytes, abi: Abi | None = None) -> list[bytes]:
-    """The messages of a stream, by their stated lengths.
+    """The messages of a stream: by their stated lengths, or by their extensions where those say something else.
 
-    What does not begin like a message belongs to the one before it: Linux 6.1 states less than it sends for some.
+    Linux 6.1 states less or more than it sends for some policies.  What does not begin like a message belongs to the
+    one before it.
     """
     if abi is not None:
         return list(_cut(data, abi.byteorder))
@@ -149,19 +166,27 @@ def split(data: bytes, abi: Abi | None = None) -> list[bytes]:
     return big if sum(map(_whole_in("big"), big)) > sum(map(_whole_in("little"), little)) else little
 
 
-def _whole_in(order: Literal["little", "big"]) -> Any:
-    return lambda one: 8 * int.from_bytes(one[4:6], order) == len(one)
+def _whole_in(order: _Order) -> Any:
+    return lambda one: 8 * _words(one, 4, order) == len(one)
 
 
-def _cut(data: bytes, order: Literal["little", "big"]) -> Iterator[bytes]:
-    while data:
-        size = 8 * int.from_bytes(data[4:6], order)
-        rest = data[size:]
-        if size < 16 or size >= len(data) or not (rest[0] == 2 and len(rest) >= 16):
-            yield data
-            return
-        yield data[:size]
-        data = rest
+def _cut(data: bytes, order: _Order) -> Iterator[bytes]:
+    start = 0
+    while start < len(data):
+        ends = (start + 8 * _words(data, start + 4, order), _by_extensions(data, start + 16, order))
+        end = next((end for end in ends if end >= start + 16 and _is_header(data, end, order)), len(data))
+        yield data[start:end]
+        start = end
+
+
+def _by_extensions(data: bytes, at: int, order: _Order) -> int:
+    """Where the first header is behind a row of extensions, or where they cease to be some."""
+    while at < len(data) and not _is_header(data, at, order):
+        size = 8 * _words(data, at, order)
+        if not size:
+            break
+        at += size
+    return at
 
 
 # Output.

@@ -6,17 +6,9 @@ Plain frozen values without a system of their own; the codec turns them into the
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from ipaddress import (
-    IPv4Address,
-    IPv4Interface,
-    IPv4Network,
-    IPv6Address,
-    IPv6Interface,
-    IPv6Network,
-    ip_address,
-    ip_interface,
-)
+from ipaddress import ip_address
 
+from ._selector import AddressLike, IPAddress, IPInterface, PrefixLike, Selector
 from .constants import (
     Action,
     Direction,
@@ -26,212 +18,27 @@ from .constants import (
     SAFlag,
     SAProtocol,
     SAState,
-    UpperProtocol,
 )
 
 __all__ = [
     "SA",
     "SA2",
     "Address",
+    "AddressLike",
     "Algorithm",
     "IPAddress",
+    "IPInterface",
     "Key",
     "Lifetime",
     "NATTraversal",
     "Policy",
     "PolicyExtension",
+    "PrefixLike",
     "SPIRange",
     "SecurityAssociation",
     "Selector",
     "Template",
 ]
-
-IPAddress = IPv4Address | IPv6Address
-IPInterface = IPv4Interface | IPv6Interface
-AddressLike = str | int | bytes | IPAddress
-PrefixLike = AddressLike | IPInterface | IPv4Network | IPv6Network
-
-_PROTOCOL_NAMES = {"any": None, "icmp": 1, "tcp": 6, "udp": 17, "gre": 47, "icmp6": 58, "ipv6-icmp": 58, "sctp": 132}
-_PROTOCOL_TEXT = {1: "icmp", 6: "tcp", 17: "udp", 47: "gre", 58: "icmp6", 132: "sctp"}
-
-
-def _interface(value: PrefixLike) -> IPInterface:
-    if isinstance(value, (IPv4Network, IPv6Network)):
-        return ip_interface((value.network_address, value.prefixlen))
-    return ip_interface(value)
-
-
-def _scope(interface: IPInterface) -> str:
-    """The scope of a link-local address; that of any other address means nothing."""
-    return getattr(interface, "scope_id", None) or "" if interface.is_link_local else ""
-
-
-def _masked(interface: IPInterface) -> IPInterface:
-    network, scope = interface.network, _scope(interface)
-    address = ip_address(network.network_address.packed)
-    return ip_interface(f"{address}%{scope}/{network.prefixlen}" if scope else (address, network.prefixlen))
-
-
-def _protocol(value: int | str | None) -> int | None:
-    """255, 0 and "any" are None: any protocol."""
-    if isinstance(value, str):
-        if value.lower() in _PROTOCOL_NAMES:
-            return _PROTOCOL_NAMES[value.lower()]
-        if not value.isdecimal():
-            raise ValueError(f"unknown protocol {value!r}; give its number, or one of {', '.join(_PROTOCOL_NAMES)}")
-        value = int(value)
-    if value is None or value in (0, UpperProtocol.ANY):
-        return None
-    if not 0 < value < 256:
-        raise ValueError(f"a protocol is a number from 0 to 255, not {value}")
-    return int(value)
-
-
-def _port(value: int, what: str) -> int:
-    if not 0 <= value <= 0xFFFF:
-        raise ValueError(f"a {what} is a number from 0 to 65535, not {value}")
-    return value
-
-
-@dataclass(frozen=True, slots=True, init=False, repr=False)
-class Selector:
-    """Which packets a policy is for: two prefixes of one family, an upper-layer protocol, ports or ICMP type and code.
-
-    `source` and `destination` take a prefix in any form of `ipaddress`; the host bits they are given are kept, because
-    kernels keep them and count 10.1.2.3/16 and 10.1.0.0/16 as two selectors.  `protocol` is a number or a name, None
-    for any.  A port of 0 means any port.  For ICMP and ICMPv6 give `icmp_type` and `icmp_code` instead of ports (the
-    wire carries them in the two ports, so that a 0 there means any).
-    """
-
-    source: IPInterface
-    destination: IPInterface
-    protocol: int | None
-    source_port: int
-    destination_port: int
-    icmp_type: int | None
-    icmp_code: int | None
-    _identity: tuple[int, ...] = field(repr=False, compare=False)
-
-    def __init__(
-        self,
-        source: PrefixLike,
-        destination: PrefixLike,
-        *,
-        protocol: int | str | None = None,
-        source_port: int = 0,
-        destination_port: int = 0,
-        icmp_type: int | None = None,
-        icmp_code: int | None = None,
-    ) -> None:
-        source, destination = _interface(source), _interface(destination)
-        if source.version != destination.version:
-            raise ValueError(f"a selector has one address family, not {source} -> {destination}")
-        protocol = _protocol(protocol)
-        if icmp_type is not None or icmp_code is not None:
-            if protocol not in (UpperProtocol.ICMP, UpperProtocol.ICMPV6):
-                raise ValueError("an ICMP type or code needs protocol icmp or icmp6")
-            if source_port or destination_port:
-                raise ValueError("a selector has ports or an ICMP type and code, not both")
-            for value, what in ((icmp_type, "type"), (icmp_code, "code")):
-                if value is not None and not 0 <= value <= 255:
-                    raise ValueError(f"an ICMP {what} is a number from 0 to 255, not {value}")
-        give = object.__setattr__
-        give(self, "source", source)
-        give(self, "destination", destination)
-        give(self, "protocol", protocol)
-        give(self, "source_port", _port(source_port, "source port"))
-        give(self, "destination_port", _port(destination_port, "destination port"))
-        give(self, "icmp_type", icmp_type)
-        give(self, "icmp_code", icmp_code)
-        give(self, "_identity", self._make_identity())
-
-    def _make_identity(self) -> tuple[int, ...]:
-        source, destination = self.source.network, self.destination.network
-        scopes = (_scope(self.source), _scope(self.destination))
-        return (
-            source.version,
-            int(source.network_address),
-            source.prefixlen,
-            int(destination.network_address),
-            destination.prefixlen,
-            UpperProtocol.ANY.value if self.protocol is None else self.protocol,
-            *self.wire_ports,
-            *map(hash, scopes if any(scopes) else ()),
-        )
-
-    @property
-    def wire_ports(self) -> tuple[int, int]:
-        """What the two port fields on the wire hold: the ports, or ICMP type and code; 0 means any."""
-        if self.icmp_type is not None or self.icmp_code is not None:
-            return self.icmp_type or 0, self.icmp_code or 0
-        return self.source_port, self.destination_port
-
-    @property
-    def identity(self) -> tuple[int, ...]:
-        """What two selectors have in common when they match the same packets: cheap to hash and to compare.
-
-        (IP version, source network, its prefix length, destination network, its prefix length, protocol with 255 for
-        any, the two wire ports, and what tells the scopes of link-local addresses apart).  The family is part of it:
-        0.0.0.0/0 and ::/0 are different.
-        """
-        return self._identity
-
-    @property
-    def version(self) -> int:
-        """4 or 6."""
-        return self.source.version
-
-    def canonical(self) -> Selector:
-        """The same packets in the one normal form: host bits masked, ICMP type and code where the wire has them."""
-        icmp_type, icmp_code = self.icmp_type, self.icmp_code
-        source_port, destination_port = self.source_port, self.destination_port
-        if self.protocol in (UpperProtocol.ICMP, UpperProtocol.ICMPV6):
-            first, second = self.wire_ports
-            icmp_type, icmp_code = first or None, (second if first or second else None)
-            source_port = destination_port = 0
-            if max(first, second) > 255:
-                icmp_type, icmp_code, source_port, destination_port = None, None, first, second
-        return Selector(
-            _masked(self.source),
-            _masked(self.destination),
-            protocol=self.protocol,
-            source_port=source_port,
-            destination_port=destination_port,
-            icmp_type=icmp_type,
-            icmp_code=icmp_code,
-        )
-
-    def reversed(self) -> Selector:
-        """The packets of the other direction: prefixes and ports change sides; ICMP type and code stay."""
-        return Selector(
-            self.destination,
-            self.source,
-            protocol=self.protocol,
-            source_port=self.destination_port,
-            destination_port=self.source_port,
-            icmp_type=self.icmp_type,
-            icmp_code=self.icmp_code,
-        )
-
-    def __repr__(self) -> str:
-        given = [f"{str(self.source)!r}", f"{str(self.destination)!r}"]
-        for name in ("protocol", "source_port", "destination_port", "icmp_type", "icmp_code"):
-            value = getattr(self, name)
-            if value or (value is not None and name.startswith("icmp")):
-                given.append(f"{name}={value}")
-        return f"Selector({', '.join(given)})"
-
-    def __str__(self) -> str:
-        source, destination = str(self.source), str(self.destination)
-        source += f"[{self.source_port}]" if self.source_port else ""
-        destination += f"[{self.destination_port}]" if self.destination_port else ""
-        text = f"{source} -> {destination}"
-        if self.protocol is not None:
-            text += f" {_PROTOCOL_TEXT.get(self.protocol, self.protocol)}"
-        if self.icmp_type is not None or self.icmp_code is not None:
-            text += f" type {'any' if self.icmp_type is None else self.icmp_type}"
-            text += "" if self.icmp_code is None else f" code {self.icmp_code}"
-        return text
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,16 +135,25 @@ class Messages(Sequence[Message]):
         return made(self.abi, self._view[at : at + layout.SIZE], data)
 
     def __iter__(self) -> Iterator[Message]:
-        abi, view, size = self.abi, self._view, layout.SIZE
+        abi, view, size, at = self.abi, self._view, layout.SIZE, 0
+        for (arena, start), length in zip(self.extents(), self._lengths, strict=True):
+            data = arena[start : start + length]
+            yield made(abi, view[at : at + size], data if type(data) is bytes else bytes(data))
+            at += size
+
+    def extents(self) -> Iterator[tuple[Any, int]]:
+        """Where the bytes of each message are: what they lie in, a slice of which is bytes, and from which on."""
         arenas, ends = iter(self._arenas), iter([*self._bases[1:], -1])
-        arena, end, start, base, at = b"", 0, 0, 0, 0
+        arena, end, start, base = b"", 0, 0, 0
         for length in self._lengths:
             while start == end:  # an arena may be empty
                 arena, base, end = next(arenas), start, next(ends)
-            data = arena[start - base : start - base + length]
-            yield made(abi, view[at : at + size], data if type(data) is bytes else bytes(data))
+            yield arena, start - base
             start += length
-            at += size
+
+    def unpack(self, fields: struct.Struct) -> Iterator[tuple[Any, ...]]:
+        """Some fields of each record, by a Struct as long as a record."""
+        return fields.iter_unpack(self._view)
 
     def records(self) -> Iterator[Record]:
         """A light row for each message."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
-from typing import Any
+from struct import Struct
+from typing import Any, NamedTuple
 
 from . import _direct
-from ._values import packed_request
+from . import _record as layout
+from ._selector import wire_identity
+from ._values import lifetime_of, packed_request, policy_fields, templates_of
 from .abi import Abi
 from .codec import Message
 from .constants import Direction, ExtensionType, MessageType, Mode, SAProtocol, SAType, UpperProtocol
@@ -26,16 +30,20 @@ from .messages import (
     Selector,
     Template,
 )
+from .tables import Messages
 
 __all__ = [
     "PROTOCOL_OF",
     "SATYPE_OF",
+    "PolicyRow",
     "association_from",
     "association_message",
     "describe",
     "policy_from",
     "policy_message",
+    "policy_rows",
     "selector_from",
+    "templates_of",
 ]
 
 SATYPE_OF = {
@@ -47,7 +55,6 @@ SATYPE_OF = {
 _SATYPES = {int(protocol): int(satype) for protocol, satype in SATYPE_OF.items()}
 _ESP, _IPCOMP = int(SAType.ESP), int(SAType.IPCOMP)
 PROTOCOL_OF = {satype: protocol for protocol, satype in SATYPE_OF.items()}
-_ICMP = (UpperProtocol.ICMP, UpperProtocol.ICMPV6)
 _WHOLE = (MessageType.ADD, MessageType.UPDATE)
 
 
@@ -63,8 +70,16 @@ def _scope_id(address: IPAddress | IPv4Interface | IPv6Interface) -> int:
     return int(scope)
 
 
-def _side(interface: IPv4Interface | IPv6Interface, protocol: int, port: int) -> Address:
-    return Address(interface.ip, interface.network.prefixlen, protocol, port, _scope_id(interface))
+def _sides(selector: Selector) -> tuple[Address, Address]:
+    """The two addresses of a selector; a scope goes out where it tells link-local addresses apart, and only there."""
+    _, _, _, _, _, protocol, *ports = selector.identity[:8]
+    source, destination = (
+        Address(side.ip, side.network.prefixlen, protocol, port, _scope_id(side) if counts else 0)
+        for side, port, counts in zip(
+            (selector.source, selector.destination), ports, selector.identity[8:] or (0, 0), strict=True
+        )
+    )
+    return source, destination
 
 
 def policy_message(type: MessageType, policy: Policy, abi: Abi, *, with_templates: bool = True) -> Message:
@@ -80,14 +95,13 @@ def policy_message(type: MessageType, policy: Policy, abi: Abi, *, with_template
 def _policy_message(type: MessageType, policy: Policy, templates: tuple[Template, ...], abi: Abi) -> Message:
     """The general way, extension by extension."""
     selector = policy.selector
-    protocol = UpperProtocol.ANY if selector.protocol is None else selector.protocol
-    source_port, destination_port = selector.wire_ports
+    source, destination = _sides(selector)
     extensions: dict[ExtensionType | int, Any] = {
         ExtensionType.POLICY: PolicyExtension(
             policy.action, policy.direction, policy.id, policy.priority, templates, policy.scope
         ),
-        ExtensionType.ADDRESS_SRC: _side(selector.source, protocol, source_port),
-        ExtensionType.ADDRESS_DST: _side(selector.destination, protocol, destination_port),
+        ExtensionType.ADDRESS_SRC: source,
+        ExtensionType.ADDRESS_DST: destination,
     }
     if policy.lifetime_hard is not None:
         extensions[ExtensionType.LIFETIME_HARD] = policy.lifetime_hard
@@ -105,31 +119,35 @@ def _interface(address: Address) -> IPv4Interface | IPv6Interface:
     )
 
 
+def _bits(*kinds: ExtensionType) -> int:
+    """What these extensions are in the presence bits of a record."""
+    return sum(1 << layout.SLOTS[kind].number for kind in kinds)
+
+
+_HARD, _SOFT, _CURRENT = ExtensionType.LIFETIME_HARD, ExtensionType.LIFETIME_SOFT, ExtensionType.LIFETIME_CURRENT
+_SIDES = _bits(ExtensionType.ADDRESS_SRC, ExtensionType.ADDRESS_DST)
+_POLICY_AND_SIDES = _bits(ExtensionType.POLICY) | _SIDES
+_LIMIT = _bits(_HARD)
+# Of an address: protocol, prefix length, port, IP version, scope, the address itself.
+_ADDRESS = "BB2xHB5xI16s8x"
+_TWO_ADDRESSES = Struct(f"={_ADDRESS}{_ADDRESS}")
+
+
 def selector_from(message: Message) -> Selector | None:
     """The selector that a policy message names, None when it names none (an id alone) or it cannot be read."""
-    source, destination = message.source, message.destination
-    if not isinstance(source, Address) or not isinstance(destination, Address):
-        return None
-    if source.address.version != destination.address.version:
+    if message._present & _SIDES != _SIDES:
         return None
     # Where the two sides differ, the destination's protocol is the one that counts (Linux 6.1).
-    protocol = destination.protocol
-    ports = (source.port, destination.port)
-    if protocol in _ICMP and any(ports) and max(ports) <= 255:
-        return Selector(
-            _interface(source),
-            _interface(destination),
-            protocol=protocol,
-            icmp_type=ports[0] or None,
-            icmp_code=ports[1],
-        )
-    return Selector(
-        _interface(source),
-        _interface(destination),
-        protocol=protocol,
-        source_port=ports[0],
-        destination_port=ports[1],
-    )
+    (
+        _, source_bits, source_port, version, source_scope, source,
+        protocol, destination_bits, destination_port, other, destination_scope, destination,
+    ) = _TWO_ADDRESSES.unpack_from(message._record, layout.ADDRESS.offset)  # fmt: skip
+    if version != other:
+        return None
+    return Selector.from_wire(
+        version, source, source_bits, destination, destination_bits,
+        protocol, source_port, destination_port, source_scope, destination_scope,
+    )  # fmt: skip
 
 
 def policy_from(message: Message) -> Policy:
@@ -137,26 +155,93 @@ def policy_from(message: Message) -> Policy:
 
     Raises DecodeError when the message names no policy with a selector.
     """
-    extension, selector = message.policy, selector_from(message)
-    if extension is None or selector is None:
+    present, selector = message._present, selector_from(message)
+    if present & _POLICY_AND_SIDES != _POLICY_AND_SIDES or selector is None:
         raise DecodeError(f"{message!r} holds no policy with a selector")
+    action, direction, scope, number, priority, templates = policy_fields(message._record, message._data, message.abi)
     return Policy(
-        extension.direction,
+        direction,
         selector,
-        extension.action,
-        extension.templates,
-        extension.priority,
-        extension.id,
-        _lifetime(message, ExtensionType.LIFETIME_HARD),
-        _lifetime(message, ExtensionType.LIFETIME_SOFT),
-        _lifetime(message, ExtensionType.LIFETIME_CURRENT),
-        extension.scope,
+        action,
+        templates,
+        priority,
+        number,
+        _lifetime(message, _HARD),
+        _lifetime(message, _SOFT),
+        _lifetime(message, _CURRENT),
+        scope,
     )
 
 
 def _lifetime(message: Message, kind: ExtensionType) -> Lifetime | None:
-    value = message.get(kind)
-    return value if isinstance(value, Lifetime) else None
+    slot = layout.SLOTS[kind]
+    return (
+        lifetime_of(layout.LIFETIME.part(message._record, slot.which)) if message._present >> slot.number & 1 else None
+    )
+
+
+class PolicyRow(NamedTuple):
+    """What tells one policy of a dump from what it should be, in plain numbers: see `policy_from` for the whole."""
+
+    direction: int
+    identity: tuple[int, ...]
+    """`Selector.identity`."""
+    is_plain: bool
+    """`Selector.is_plain`: no host bits beyond the prefixes, and no scope."""
+    id: int
+    action: int
+    priority: int
+    requests: bytes
+    """The templates as they are on the wire: equal ones mean the same; `templates_of(requests, abi)` reads them."""
+    lifetime_hard: Lifetime | None
+    scope: int
+    """Policy.scope: 0 where the system has none."""
+
+
+_ROW = Struct(
+    f"={layout.COUNTS.offset}xI{layout.LIFETIME.offset + layout.LIFETIME.size - layout.COUNTS.offset - 4}x"
+    f"{layout.LIFETIME.size}s{layout.LIFETIME.size}x{_ADDRESS}{_ADDRESS}"
+    f"{layout.POLICY.offset - layout.ADDRESS.offset - 2 * layout.ADDRESS.size}x"
+    f"{layout.POLICY.fields}{layout.SIZE - layout.POLICY.offset - layout.POLICY.size}x"
+)
+
+
+def policy_rows(messages: Messages) -> Iterator[PolicyRow]:
+    """A row for each policy of a dump, in its order, at a fraction of the cost of a Policy.
+
+    Raises DecodeError, as `policy_from` does, at a message that names no policy with a selector.
+    """
+    make, number = partial(tuple.__new__, PolicyRow), int.from_bytes
+    has_scope = messages.abi.has_scope
+    for index, ((arena, start), fields) in enumerate(zip(messages.extents(), messages.unpack(_ROW), strict=True)):
+        (
+            present, limit,
+            _, source_bits, source_port, version, source_scope, packed_source,
+            protocol, destination_bits, destination_port, other, destination_scope, packed_destination,
+            action, direction, scope, policy_id, priority, offset, length,
+        ) = fields  # fmt: skip
+        if present & _POLICY_AND_SIDES != _POLICY_AND_SIDES or version != other:
+            policy_from(messages[index])  # says what is wrong
+        source, destination = number(packed_source, "big"), number(packed_destination, "big")
+        if version == 4:
+            source >>= 96
+            destination >>= 96
+        identity = wire_identity(
+            version, source, source_bits, destination, destination_bits,
+            protocol, source_port, destination_port, source_scope, destination_scope,
+        )  # fmt: skip
+        first = start + offset
+        yield make((
+            direction,
+            identity,
+            source == identity[1] and destination == identity[3] and not (source_scope or destination_scope),
+            policy_id,
+            action,
+            priority,
+            arena[first : first + length],
+            lifetime_of(limit) if present & _LIMIT else None,
+            scope if has_scope else 0,
+        ))  # fmt: skip
 
 
 # Security associations.
@@ -255,7 +340,8 @@ def _association_message(type: MessageType, sa: SecurityAssociation, numbers: _d
         if address is not None:
             extensions[kind] = _end(address)
     if sa.proxy is not None:
-        extensions[ExtensionType.ADDRESS_PROXY] = _side(sa.proxy, UpperProtocol.ANY, 0)
+        bits, scope = sa.proxy.network.prefixlen, _scope_id(sa.proxy)
+        extensions[ExtensionType.ADDRESS_PROXY] = Address(sa.proxy.ip, bits, UpperProtocol.ANY, 0, scope)
     return Message(type, extensions, abi=abi, satype=satype)
 
 

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from wire import EVERYTHING, RECORDED, Recorded, mirrored
+from wire import EVERYTHING, OVERSTATED, RECORDED, Recorded, mirrored
 from wire_case import FREEBSD, LINUX
 
 from pfkey import Abi, ExtensionType, Message, MessageType, cli, decode, encode
 from pfkey.annotate import annotate, guess
+from pfkey.hexdump import split
 from pfkey.messages import SA, Key
 
 X = ExtensionType
@@ -127,6 +128,23 @@ def test_a_stream_of_messages(abi: Abi, order: str, capsys: pytest.CaptureFixtur
     assert [one["size"] for one in found] == [len(data) for data in said]
     file.write_bytes(b"".join(said))
     assert json.loads(run(capsys, str(file), "--json")[1])[0]["abi"].endswith(order)
+
+
+def test_a_stream_with_lengths_that_are_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Linux 6.1 states less than it sends, or more: what is behind such a message is found all the same."""
+    long, plain = OVERSTATED.data, named("linux spdadd tunnel v4").data
+    short = plain[:4] + bytes((plain[4] - 3,)) + plain[5:]
+    said = [long, long, plain, short, short, plain, short, long]
+    file = tmp_path / "stream"
+    file.write_bytes(b"".join(said))
+    code, out, _ = run(capsys, str(file), "--json", "--abi", "linux")
+    assert [one["size"] for one in json.loads(out)] == [len(data) for data in said]
+    assert code == 0
+    assert [one["error"] for one in json.loads(out)] == [None] * len(said)
+    turned = [mirrored(data, LINUX) for data in said]
+    assert split(b"".join(turned)) == split(b"".join(turned), Abi.linux("big")) == turned
+    file.write_text("\n".join(data.hex() for data in said))
+    assert [one["size"] for one in json.loads(run(capsys, str(file), "--json")[1])] == [len(data) for data in said]
 
 
 def test_lines_of_hex_are_messages_by_themselves(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from wire import CASES, EVERYTHING, RECORDED, Recorded, mirrored
+from wire import CASES, EVERYTHING, OVERSTATED, RECORDED, Recorded, mirrored
 from wire_case import FREEBSD, LINUX, Case
 
 from pfkey import (
@@ -13,6 +13,7 @@ from pfkey import (
     ExtensionType,
     Message,
     MessageType,
+    Mode,
     Template,
     decode,
     decode_many,
@@ -63,7 +64,8 @@ def test_every_extension_can_be_had_raw(one: Recorded) -> None:
         pid=message.pid,
         reserved=message.reserved,
     )
-    assert encode(again) == one.data
+    true = (len(one.data) // 8).to_bytes(2, one.abi.byteorder)
+    assert encode(again) == one.data[:4] + true + one.data[6:]  # a message that is built states the truth
 
 
 @pytest.mark.parametrize("one", RECORDED, ids=lambda one: one.name)
@@ -133,6 +135,28 @@ def test_a_stated_length_that_is_too_short_is_kept() -> None:
     message = decode(bytes(data), LINUX)
     assert dict(message.extensions) == dict(CASES[1].extensions)
     assert encode(message) == bytes(data)
+
+
+def test_a_stated_length_that_is_too_long_is_kept_where_a_kernel_says_so() -> None:
+    """Linux 6.1 says 24 bytes more than it sends for transport behind a tunnel over IPv4 in a policy of IPv6.
+
+    The miscount is known to the byte, so that a message that was cut off is still refused.
+    """
+    data, abi = OVERSTATED.data, OVERSTATED.abi
+    assert 8 * int.from_bytes(data[4:6], "little") == len(data) + 24
+    message = decode(data, abi)
+    assert message.policy is not None
+    assert [template.mode for template in message.policy.templates] == [Mode.TUNNEL, Mode.TRANSPORT]
+    assert encode(message) == data
+    assert encode(message.replace(seq=7)) == data[:8] + b"\7" + data[9:]
+    assert decode_many([data, data], abi)[1] == message
+    for words in {*range(len(data) // 8 + 1, 60), 0xFFFF} - {data[4]}:
+        with pytest.raises(DecodeError, match="more than what is here") as raised:
+            decode(data[:4] + words.to_bytes(2, "little") + data[6:], abi)
+        assert (raised.value.offset, raised.value.extension) == (4, None)
+    for kept in (len(data) - 24, len(data) - 16, len(data) - 8):
+        with pytest.raises(DecodeError):
+            decode(data[:kept], abi)
 
 
 def test_many_at_once() -> None:

@@ -236,8 +236,26 @@ def _recorded() -> list[Recorded]:
     return found
 
 
+# An entry of a dump of Linux 6.1 whose header says 296 bytes: a policy of IPv6, a tunnel over IPv4, then transport.
+OVERSTATED = Recorded(
+    "linux-6.1:spddump-mixed-bundle:recv0",
+    LINUX,
+    bytes.fromhex(
+        """
+        0212000025000200 00000000f8020000
+        05000500ff300000 0a00000000000000 20010db800010000 0000000000000000 0000000000000000
+        05000600ff300000 0a00000000000000 20010db800020000 0000000000000000 0000000000000000
+        0400030000000000 0000000000000000 0000000000000000 0000000000000000
+        0400040000000000 0000000000000000 0000000000000000 0000000000000000
+        0400020000000000 0000000000000000 2324066b00000000 0000000000000000
+        0a00120002000200 0100000000000000 3000320002030000 6400000000000000
+        02000000c0000201 0000000000000000 02000000c6336401 0000000000000000
+        1000320001030000 0300000000000000
+        """
+    ),
+)
 RECORDED = _recorded()
-EVERYTHING = [Recorded(str(one), one.abi, one.data) for one in CASES] + RECORDED
+EVERYTHING = [*(Recorded(str(one), one.abi, one.data) for one in CASES), *RECORDED, OVERSTATED]
 
 
 # The same message as a big-endian machine would say it: every field turned by a table of its own, not by the codec.

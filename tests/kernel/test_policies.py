@@ -19,6 +19,7 @@ from pfkey import (
     SAProtocol,
     Selector,
     Template,
+    encode,
 )
 from pfkey.messages import Address, PolicyExtension
 from pfkey.typed import policy_from, policy_message
@@ -268,3 +269,15 @@ def test_the_stated_length_of_a_mixed_bundle_is_short_and_decodes(kernel: Kernel
     policy = Policy(OUT, SITE, Action.IPSEC, (TUNNEL6, Template.transport(reqid=3)))
     assert kernel.add_policy(policy).templates == policy.templates
     assert kernel.dump_policies()[0].templates == policy.templates
+
+
+def test_the_stated_length_of_the_other_mixed_bundle_is_long_and_decodes(kernel: Kernel) -> None:
+    """The same miscount the other way: Linux 6.1 says 24 bytes more than it sends for each transport template that
+    follows a tunnel over IPv4 in a policy of IPv6.
+    """
+    templates = (TUNNEL, Template.transport(reqid=3))
+    policy = Policy(OUT, Selector("2001:db8:1::/48", "2001:db8:2::/48"), Action.IPSEC, templates)
+    assert kernel.add_policy(policy).templates == templates
+    assert kernel.dump_policies()[0].templates == templates
+    message = kernel.dump_policies().messages[0]  # type: ignore[attr-defined]
+    assert 8 * int.from_bytes(encode(message)[4:6], kernel.abi.byteorder) == len(encode(message)) + 24
