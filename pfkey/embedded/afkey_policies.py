@@ -236,6 +236,8 @@ def add(kernel: EmbeddedKernel, request: Request) -> None:
     elif request.type == M.SPDUPDATE:
         entry.id = old.id
         kernel.spd.replace(old, entry)
+        if kernel.profile.cpus > 1 and entry.priority < old.priority:
+            kernel.walkers.begin(kernel, old, entry)
         kernel.step("replaced")
     else:
         raise RefusedError("EEXIST")

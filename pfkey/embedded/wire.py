@@ -26,6 +26,7 @@ __all__ = [
     "RefusedError",
     "Request",
     "SendFailedError",
+    "UnansweredError",
     "Wire",
     "pad8",
     "wire_for",
@@ -49,6 +50,10 @@ class SendFailedError(Exception):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.name = name
+
+
+class UnansweredError(Exception):
+    """The kernel drops the request: no work, no reply, and send() succeeds."""
 
 
 class Endpoint(NamedTuple):
