@@ -345,9 +345,9 @@ def test_the_dead_stay_in_dumps_for_three_seconds(client: Client) -> None:
     for gone in (1, 2):
         assert client.error(client.ask(GET, {ExtensionType.POLICY: PolicyExtension(0, OUT, gone)})) == "ENOENT"
     assert client.kernel.lookup(OUT, "10.3.0.1", "10.2.0.1") is None
-    client.kernel.advance(2.9)
+    client.kernel.advance(2.7)
     assert ids() == [1, 2, 3]
-    client.kernel.advance(0.1)
+    client.kernel.advance(0.05)
     assert ids() == [3]
     client.ask(FLUSH)
     assert ids() == [3]

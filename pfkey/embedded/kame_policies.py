@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import inf
+from math import floor, inf
 from typing import TYPE_CHECKING
 
 from ..constants import Action, Direction, Level, Mode, PolicyScope, SAProtocol, UpperProtocol
@@ -212,7 +212,7 @@ def _swap(kernel: EmbeddedKernel, old: Entry, new: Entry) -> None:
 def _unlink(kernel: EmbeddedKernel, entry: Entry, step: str) -> None:
     kernel.spd.unlink(entry)
     if kernel.profile.dead_seconds:
-        until = kernel.now() + kernel.profile.dead_seconds
+        until = floor(kernel.now()) + kernel.profile.dead_seconds  # a timer looks once a second
         kernel.spd.bury(entry, until)
         kernel.schedule(until)
     kernel.step(step)

@@ -73,7 +73,7 @@ class Profile:
     """Between unlinking the old policy and reading the new one SPDUPDATE waits until no packet uses the old one: a step
     more without a policy (NetBSD)."""
     dead_seconds: float = field(default=0.0, kw_only=True)
-    """A policy that was deleted or replaced stays in dumps for so long (up to 3 seconds, seen on an 11-CURRENT)."""
+    """A policy that was deleted or replaced stays in dumps for up to so long (3 seconds, seen on an 11-CURRENT)."""
     bad_direction_is_silent: bool = field(default=False, kw_only=True)
     """An SPDADD or SPDUPDATE with a direction other than in and out is not answered at all (FreeBSD up to 11.0)."""
     setidx_may_be_empty: bool = field(default=False, kw_only=True)
