@@ -122,6 +122,8 @@ class Abi:
     """A FLUSH or SPDFLUSH that removed something is answered twice, privately and as broadcast (Linux)."""
     migrate_answers_seq_zero: bool = field(repr=False)
     """The answer to MIGRATE has seq 0 and pid 0 (Linux)."""
+    spdget_may_answer_seq_zero: bool = field(repr=False)
+    """The answer to SPDGET may have seq 0 instead of the request's (macOS, FreeBSD up to 11.0)."""
     send_limit: int = field(repr=False)
     """The largest message the kernel takes, in bytes."""
 
@@ -228,6 +230,7 @@ class Abi:
             setidx_answers_spdadd=True,
             flush_answers_twice=True,
             migrate_answers_seq_zero=True,
+            spdget_may_answer_seq_zero=False,
             send_limit=212960,
         )
 
@@ -396,5 +399,6 @@ def _freebsd(release: tuple[int, ...], byteorder: ByteOrder) -> Abi:
         setidx_answers_spdadd=False,
         flush_answers_twice=False,
         migrate_answers_seq_zero=False,
+        spdget_may_answer_seq_zero=not replay_extension,  # 11.1 has both
         send_limit=2048,
     )

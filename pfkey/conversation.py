@@ -184,6 +184,8 @@ class Conversation:
             return self._migration_of(message)
         if message.pid != self.pid:
             return None
+        if self._answers_without_seq(message):
+            return self._look_up_of(message)
         request = self._pending.get(message.seq)
         if request is None or not self._type_answers(request.message.type, message):
             return None
@@ -212,9 +214,20 @@ class Conversation:
                 return request
         return None
 
+    def _answers_without_seq(self, message: Message) -> bool:
+        return self.abi.spdget_may_answer_seq_zero and message.type == MessageType.SPDGET and not message.seq
+
+    def _look_up_of(self, message: Message) -> Request | None:
+        """Only the id in an answer to SPDGET with seq 0 tells whose it is; its errors carry the request's seq."""
+        for request in self._pending.values():
+            asked = request.message
+            if asked.type == MessageType.SPDGET and not request.done and _same_subject(asked, message):
+                return request
+        return None
+
     def _is_late(self, message: Message) -> bool:
-        if message.type in DUMPS:
-            return message.pid == self.pid  # dumps are sent to who asked alone: this is the rest of one given up
+        if message.type in DUMPS or self._answers_without_seq(message):
+            return message.pid == self.pid  # sent to who asked alone: this belongs to one given up
         if message.pid != self.pid or message.seq not in self._ended:
             return False
         return self._type_answers(self._ended[message.seq], message)

@@ -54,9 +54,9 @@ class Supported(NamedTuple):
 def connect(target: str | Channel = "native", *, events: Channel | None = None, timeout: float = 5.0) -> Kernel:
     """Connect to a kernel.
 
-    `target` is "native", this host's; "embedded:PROFILE", a new and empty kernel in this process (linux, freebsd-12,
-    freebsd-13, freebsd-14); or a Channel.  `events` is a second channel to the same kernel, which then has the events
-    to itself.  `timeout` is how many seconds to wait for an answer.
+    `target` is "native", this host's; "embedded:PROFILE", a new and empty kernel in this process (linux, linux-6.12,
+    linux-smp, freebsd-10 to freebsd-14, netbsd, macos); or a Channel.  `events` is a second channel to the same kernel,
+    which then has the events to itself.  `timeout` is how many seconds to wait for an answer.
 
     Raises NotSupported when there is no such kernel, KernelError (a PermissionError) when it is not for us.
     """

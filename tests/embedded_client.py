@@ -9,10 +9,14 @@ from pfkey import Action, Direction, Message, MessageType, Policy, Selector, Tem
 from pfkey.embedded import EmbeddedChannel, EmbeddedKernel, Profile
 from pfkey.typed import policy_message
 
-LINUX = ["linux"]
+LINUX = ["linux", "linux-6.12", "linux-smp"]
 FREEBSD = ["freebsd-12", "freebsd-13", "freebsd-14"]
-UNLINK_FIRST = ["freebsd-12", "freebsd-13"]
-ALL = [*LINUX, *FREEBSD]
+LIST_ORDER = ["freebsd-10", "netbsd", "macos"]
+OLDER = ["freebsd-11", *LIST_ORDER]
+KAME = [*FREEBSD, *OLDER]
+UNLINK_FIRST = [name for name in KAME if name != "freebsd-14"]
+ALL = [*LINUX, *KAME]
+"""Every profile; FREEBSD stands for the modern releases, KAME for all that come from it."""
 
 OUT, IN = Direction.OUT, Direction.IN
 SITE = Selector("10.1.0.0/16", "10.2.0.0/16")

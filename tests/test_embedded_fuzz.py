@@ -34,7 +34,7 @@ def good_messages(client: Client) -> list[bytes]:
             SAProtocol.ESP,
             encryption="aes-cbc",
             encryption_key=bytes(16),
-            nat_traversal=NATTraversal(4500, 4500),
+            nat_traversal=NATTraversal(4500, 4500) if ExtensionType.NAT_T_TYPE in abi.extension_numbers else None,
             lifetime_hard=Lifetime(addtime=9),
             lifetime_soft=Lifetime(addtime=5),
         ),
@@ -126,6 +126,7 @@ def agrees(client: Client) -> None:
         assert entry.policy(client.kernel.scope).id == entry.id
     for direction in Direction:
         priorities = [entry.priority for entry in spd.in_order(direction)]
+        assert all(entry in spd.listed(direction) for entry in spd.in_order(direction))
         assert priorities == sorted(priorities)
     assert len(client.kernel.associations()) == len(client.kernel.sad)
     assert len(client.kernel.sad.by_groups()) == len(client.kernel.sad)

@@ -1,4 +1,4 @@
-"""A kernel in the process: the SAD and SPD of Linux or FreeBSD behind a Channel, in real PF_KEY bytes."""
+"""A kernel in the process: the SAD and SPD of Linux, a BSD or macOS behind a Channel, in real PF_KEY bytes."""
 
 from .channel import EmbeddedChannel
 from .kernel import EmbeddedKernel

@@ -11,6 +11,7 @@ from ..constants import MessageType as M
 from ..constants import Mode, SAState, SAType
 from .afkey_policies import due, pair, read_context, read_limits
 from .dialect import Receivers
+from .profiles import Profile
 from .sad import NATT, Association
 from .wire import Endpoint, Limits, RefusedError, Request
 
@@ -45,7 +46,7 @@ _NULL_AUTHENTICATION, _NULL_ENCRYPTION = 251, 11
 _LARGEST_WINDOW = 32
 
 
-def association_key(association: Association) -> tuple[object, ...]:
+def association_key(profile: Profile, association: Association) -> tuple[object, ...]:
     """An SPI is unique for a destination and a protocol."""
     end = association.destination
     return (end.version, end.address, association.spi, association.protocol)
@@ -306,7 +307,7 @@ def _check_transform(kernel: EmbeddedKernel, sa: Association) -> None:
 def add(kernel: EmbeddedKernel, request: Request) -> None:
     """ADD, and UPDATE: it makes a larval SA the real one, and changes only limits and NAT-T ports of a mature one."""
     sa = _from_request(kernel, request)
-    old = kernel.sad.find(*association_key(sa)) if sa.spi else None
+    old = kernel.sad.find(*association_key(kernel.profile, sa)) if sa.spi else None
     if request.type == M.ADD:
         if old is not None:
             raise RefusedError("EEXIST")

@@ -113,8 +113,8 @@ def _moved_associations(kernel: EmbeddedKernel, moves: list[_Move]) -> list[tupl
         source, destination = move.new
         proxy = sa.proxy and (*sa.proxy[:2], in_shape_of(source, sa.proxy[2]))
         successor = replace(sa, source=source, destination=destination, proxy=proxy)
-        key = association_key(successor)
-        if key != association_key(sa) and (key in taken or kernel.sad.find(*key) is not None):
+        key = association_key(kernel.profile, successor)
+        if key != association_key(kernel.profile, sa) and (key in taken or kernel.sad.find(*key) is not None):
             raise RefusedError("ENODATA")
         taken.add(key)
         moved.append((sa, successor))

@@ -49,13 +49,7 @@ def pair(kernel: EmbeddedKernel, request: Request) -> tuple[Endpoint, Endpoint]:
     destination = kernel.wire.read_address(request.raw(X.ADDRESS_DST))[2]
     if source is None or destination is None or source.version != destination.version:
         raise RefusedError("EINVAL")
-    return _plain(kernel, source), _plain(kernel, destination)
-
-
-def _plain(kernel: EmbeddedKernel, end: Endpoint) -> Endpoint:
-    """Scope and flow information are not kept."""
-    raw = kernel.wire.sockaddr(end.version, end.address, end.port)
-    return end._replace(scope=0, raw=raw)
+    return kernel.wire.plain(source), kernel.wire.plain(destination)  # scope and flow information are not kept
 
 
 def selector_of(kernel: EmbeddedKernel, request: Request, direction: int) -> Entry:
@@ -80,7 +74,6 @@ def selector_of(kernel: EmbeddedKernel, request: Request, direction: int) -> Ent
 
 def _directed(kernel: EmbeddedKernel, request: Request) -> tuple[Entry, int, int]:
     """The entry of the selector and direction of the request, and the type and priority that it names."""
-    pair(kernel, request)
     raw = request.raw(X.POLICY)
     if not raw:
         raise RefusedError("EINVAL")
@@ -236,6 +229,8 @@ def add(kernel: EmbeddedKernel, request: Request) -> None:
     elif request.type == M.SPDUPDATE:
         entry.id = old.id
         kernel.spd.replace(old, entry)
+        if kernel.profile.cpus > 1 and entry.priority < old.priority:
+            kernel.walkers.begin(kernel, old, entry)
         kernel.step("replaced")
     else:
         raise RefusedError("EEXIST")

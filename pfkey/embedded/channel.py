@@ -139,6 +139,15 @@ class EmbeddedChannel:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def host_lock(self) -> str | None:
+        """None: nobody outside this process can write to its SPD, and there is no lock file for those who do."""
+        return None
+
+    def grace_period(self) -> None:
+        """Return when every packet that may have started before is through: what it could see may be removed now."""
+        self._kernel.grace_period()
+
     def set_receive_buffer(self, size: int) -> int:
         """SO_RCVBUF (on Linux SO_RCVBUFFORCE, which doubles it); returns what getsockopt() would say afterwards.
 
@@ -164,7 +173,12 @@ class EmbeddedChannel:
 
     # For the kernel, under its lock.
 
-    def queue(self, message: bytes) -> bool:
+    @property
+    def has_room(self) -> bool:
+        """Whether the receive buffer has any."""
+        return self._used < self._size
+
+    def queue(self, message: bytes, *, beyond_limit: bool = False) -> bool:
         """Put a message into the receive buffer; False, and the message is lost, when it does not fit."""
         if self._closed:
             return False
@@ -174,7 +188,7 @@ class EmbeddedChannel:
         else:
             # The sender's address is two bytes; mbufs may take eight times the size.
             cost, mbufs = len(message) + 2, _kame_mbufs(len(message))
-            fits = self._used + cost <= self._size and self._mbufs + mbufs <= 8 * self._size
+            fits = beyond_limit or (self._used + cost <= self._size and self._mbufs + mbufs <= 8 * self._size)
             self._mbufs += mbufs if fits else 0
         if not fits:
             self.dropped += 1

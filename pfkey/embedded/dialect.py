@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from ..messages import Template
     from .channel import EmbeddedChannel
     from .kernel import EmbeddedKernel
+    from .profiles import Profile
     from .sad import Association
     from .spd import Entry, Packet
     from .wire import Endpoint
@@ -27,7 +28,7 @@ class Receivers(Enum):
 class DialectModule(Protocol):
     """The functions that the modules `afkey` and `kame` share.  All run under the kernel's lock."""
 
-    def association_key(self, association: Association, /) -> tuple[object, ...]:
+    def association_key(self, profile: Profile, association: Association, /) -> tuple[object, ...]:
         """What makes an SPI unique."""
 
     def receive(self, kernel: EmbeddedKernel, channel: EmbeddedChannel, data: bytes, /) -> None:

@@ -1,4 +1,4 @@
-"""KAME's key.c as FreeBSD carries it: how it reads a message, whom it answers, and which handler does the work."""
+"""KAME's key.c as the BSDs and macOS have it: how it reads a message, whom it answers, which handler does the work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import kame_time as times
 from .dialect import Receivers
 from .kame_associations import association_key
 from .kame_time import acquire, use
-from .wire import HEADER_SIZE, RefusedError, Request, SendFailedError
+from .wire import HEADER_SIZE, RefusedError, Request, SendFailedError, UnansweredError
 
 if TYPE_CHECKING:
     from .channel import EmbeddedChannel
@@ -31,7 +31,8 @@ __all__ = [
     "use",
 ]
 
-_TYPE_MAXIMUM = 22
+_TYPE_MAXIMUM = 22  # NetBSD and macOS go on to 23 and 26; what they have there is not modelled: EINVAL as well
+_BSD = X.NAT_T_OAI >> 8
 _SA_TYPES = (SAType.AH, SAType.ESP, SAType.IPCOMP, SAType.TCPSIGNATURE)
 _UNSUPPORTED_TYPES = (SAType.RSVP, SAType.OSPFV2, SAType.RIPV2, SAType.MIP)
 _NEED_SATYPE = (M.GETSPI, M.UPDATE, M.ADD, M.DELETE, M.GET, M.ACQUIRE, M.EXPIRE)
@@ -42,7 +43,8 @@ _ADDRESSES = (
     X.ADDRESS_SRC, X.ADDRESS_DST, X.ADDRESS_PROXY, X.NAT_T_OAI & 0xFF, X.NAT_T_OAR & 0xFF, X.NEW_ADDRESS_SRC & 0xFF,
     X.NEW_ADDRESS_DST & 0xFF,
 )  # fmt: skip
-# Number -> (least, most) bytes; most 0 is no limit.  KMPRIVATE is not there: it counts as unknown.
+# Number -> (least, most) bytes; most 0 is no limit.  KMPRIVATE is not there: it counts as unknown.  So do macOS's own
+# (20 to 29: statistics, interfaces, ranges of addresses), which this kernel does not model and so does not take.
 _SIZES = {
     X.SA: (16, 16), X.LIFETIME_CURRENT: (32, 32), X.LIFETIME_HARD: (32, 32), X.LIFETIME_SOFT: (32, 32),
     X.KEY_AUTH: (8, 0), X.KEY_ENCRYPT: (8, 0), X.IDENTITY_SRC: (16, 0), X.IDENTITY_DST: (16, 0),
@@ -51,6 +53,8 @@ _SIZES = {
     X.NAT_T_DPORT: (8, 8), X.NAT_T_FRAG & 0xFF: (8, 8), X.SA_REPLAY & 0xFF: (8, 8),
     **dict.fromkeys(_ADDRESSES, (8, 0)),
 }  # fmt: skip
+_KNOWN = {kind for kind in X if kind & 0xFF in _SIZES and kind >> 8 in (0, _BSD)}
+"""What a number means where this code knows it: the common extensions, and FreeBSD's from 23 on."""
 
 
 def receive(kernel: EmbeddedKernel, channel: EmbeddedChannel, data: bytes) -> None:
@@ -69,11 +73,13 @@ def receive(kernel: EmbeddedKernel, channel: EmbeddedChannel, data: bytes) -> No
     try:
         _check_header(kernel, request)
         _read_extensions(kernel, request)
-        _check_satype(request)
+        _check_satype(kernel, request)
         _check_addresses(kernel, request)
         _HANDLERS.get(kind, _unsupported)(kernel, request)
     except RefusedError as refused:
         request.overflowed |= not _echo(kernel, channel, request.data, refused.name)
+    except UnansweredError:
+        return
     if request.overflowed:
         raise SendFailedError("ENOBUFS")
 
@@ -118,7 +124,8 @@ def _read_extensions(kernel: EmbeddedKernel, request: Request) -> None:
     data, offset = request.data, HEADER_SIZE
     while offset < len(data):
         length, number = kernel.wire.head(data, offset)
-        least, most = _SIZES.get(number, (0, 0))
+        known = kernel.abi.extensions.get(number)
+        least, most = _SIZES.get(number, (0, 0)) if known in _KNOWN else (0, 0)
         if not least or number in request.extensions:
             raise SendFailedError("EINVAL")
         if length < least or (most and length > most):
@@ -132,9 +139,9 @@ def _read_extensions(kernel: EmbeddedKernel, request: Request) -> None:
         offset += length
 
 
-def _check_satype(request: Request) -> None:
+def _check_satype(kernel: EmbeddedKernel, request: Request) -> None:
     satype, kind = request.satype, request.type
-    if kind == M.SPDDUMP:
+    if kind == M.SPDDUMP and kernel.abi.has_scope:
         # Here it is a mask of scopes.
         if satype not in PolicyScope._value2member_map_:
             raise RefusedError("EINVAL")
@@ -142,7 +149,7 @@ def _check_satype(request: Request) -> None:
         if kind in _NEED_SATYPE:
             raise RefusedError("EINVAL")
     elif satype in _SA_TYPES:
-        if kind in _REFUSE_SATYPE:
+        if kind in _REFUSE_SATYPE or kind == M.SPDDUMP:
             raise RefusedError("EINVAL")
     elif satype in _UNSUPPORTED_TYPES:
         raise RefusedError("EOPNOTSUPP")

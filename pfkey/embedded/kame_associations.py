@@ -1,4 +1,4 @@
-"""FreeBSD's SAs: GETSPI to FLUSH, what a dump shows of them, EXPIRE and ACQUIRE (key.c of 12.1 to 14.3)."""
+"""The SAs of KAME's heirs: GETSPI to FLUSH, and what a dump shows of them (key.c)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from ..constants import ExtensionType as X
-from ..constants import MessageType as M
 from ..constants import Mode, SAState, SAType, UpperProtocol
 from .dialect import Receivers
-from .kame_policies import ends, gather, tell
+from .kame_policies import ends, gather, send_dump, tell
+from .profiles import Profile
 from .sad import NATT, Association
 from .wire import Endpoint, Limits, RefusedError, Request
 
@@ -45,21 +45,30 @@ _REPLY = (
 )  # fmt: skip
 _FLAGS = 0x0FFF
 _OLD_ESP = 0x1
-_NULL_AUTHENTICATION, _NULL_ENCRYPTION, _TCP_MD5 = 251, 11, 252
-_CHACHA = 15
-_SALTED = {13: 32, 18: 32, 19: 32, 20: 32, 23: 32, _CHACHA: 32}
-"""Encryption algorithm -> bits of salt at the end of its key."""
-_COMBINED = {18, 19, 20, 23}
-_GMAC = {128: 11, 192: 12, 256: 13}
-"""Bits of an AES-GCM key -> the authentication that the kernel notes down for it."""
+_CHACHA = "chacha20-poly1305"
+_COMBINED = {"aes-gcm-8", "aes-gcm-12", "aes-gcm-16", "aes-gmac"}
+_SALTED = {"aes-ctr", _CHACHA, *_COMBINED}
+_SALT_BITS = 32
+_GMAC = {128: "aes-128-gmac", 192: "aes-192-gmac", 256: "aes-256-gmac"}
+"""Bits of an AES-GCM key -> the authentication that the kernel notes down for it, where it has a number for it."""
 _SMALLEST_SPI = 256
 
 
-def association_key(association: Association) -> tuple[object, ...]:
-    """An SPI is unique whatever the addresses and the protocol; TCP-MD5 keys are found by address."""
+def association_key(profile: Profile, association: Association) -> tuple[object, ...]:
+    """An SPI is unique whatever the addresses and the protocol; TCP-MD5 keys are found by address.
+
+    Up to FreeBSD 11.0 it is unique for a protocol and two addresses.  (Its kernel tells two SAs apart that differ in
+    nothing but mode or reqid, and finds the first of them; this one does not take the second.)
+    """
     if association.protocol == _PROTOCOLS[SAType.TCPSIGNATURE]:
         return (*association.group[3:], "tcp")
+    if profile.spi_for_each_pair:
+        return (association.protocol, *association.group[3:], association.spi)
     return (association.spi,)
+
+
+def _find(kernel: EmbeddedKernel, wanted: Association) -> Association | None:
+    return kernel.sad.find(*association_key(kernel.profile, wanted))
 
 
 def _protocol(request: Request) -> int:
@@ -136,11 +145,18 @@ def _free_spi(kernel: EmbeddedKernel, sa: Association, request: Request) -> int:
         low, high = high, low
     for _ in range(1000):  # net.key.spi_trycnt
         spi = low if low == high else kernel.choose_spi(low, high)
-        if spi and kernel.sad.find(spi) is None:
+        if spi and not _taken(kernel, spi):
             return spi
         if low == high:
             break
     return 0
+
+
+def _taken(kernel: EmbeddedKernel, spi: int) -> bool:
+    """GETSPI gives nobody an SPI that any SA has."""
+    if kernel.profile.spi_for_each_pair:
+        return any(sa.spi == spi for sa in kernel.sad)
+    return kernel.sad.find(spi) is not None
 
 
 def _check_spi(sa: Association) -> None:
@@ -175,11 +191,11 @@ def _fill(kernel: EmbeddedKernel, request: Request, sa: Association) -> Associat
     for kind, allowed in ((X.KEY_AUTH, (SAType.AH, SAType.ESP, SAType.TCPSIGNATURE)), (X.KEY_ENCRYPT, _WITH_KEYS)):
         if kind in request and request.satype not in allowed:
             raise RefusedError("EINVAL")
-    filled.auth_key = _key(kernel, request, X.KEY_AUTH, empty=auth == _NULL_AUTHENTICATION)
+    filled.auth_key = _key(kernel, request, X.KEY_AUTH, empty=auth == kernel.abi.authentication["null"])
     compressed = request.satype == SAType.IPCOMP
     if compressed and len(request.raw(X.KEY_ENCRYPT)) > 8:
         raise RefusedError("EINVAL")
-    encrypt_key = _key(kernel, request, X.KEY_ENCRYPT, empty=encrypt == _NULL_ENCRYPTION or compressed)
+    encrypt_key = _key(kernel, request, X.KEY_ENCRYPT, empty=encrypt == kernel.abi.encryption["null"] or compressed)
     filled.encrypt_key = None if compressed else encrypt_key
     _CHECKS[SAType(request.satype)](kernel, filled)
     filled.hard = _limits(kernel, request, X.LIFETIME_HARD)
@@ -233,17 +249,18 @@ def _check_authentication(kernel: EmbeddedKernel, sa: Association) -> None:
 
 def _check_encryption(kernel: EmbeddedKernel, sa: Association) -> None:
     least, most = _in_table(kernel.profile.encryption, sa.encrypt)
-    bits = (sa.encrypt_key[0] if sa.encrypt_key else 0) - _SALTED.get(sa.encrypt, 0)
+    name = kernel.abi.encryption_names.get(sa.encrypt, "")
+    bits = (sa.encrypt_key[0] if sa.encrypt_key else 0) - (_SALT_BITS if name in _SALTED else 0)
     if not least <= bits <= most:
         raise RefusedError("EINVAL")
     if sa.auth:
         _check_authentication(kernel, sa)
-    if sa.encrypt in _COMBINED:
+    if name in _COMBINED:
         if bits not in _GMAC:
             raise RefusedError("EINVAL")
-        sa.auth = _GMAC[bits]
-    elif sa.encrypt == _CHACHA:
-        sa.auth = 14
+        sa.auth = kernel.abi.authentication.get(_GMAC[bits], sa.auth)
+    elif name == _CHACHA:
+        sa.auth = kernel.abi.authentication.get(_CHACHA, sa.auth)
 
 
 def _check_compression(kernel: EmbeddedKernel, sa: Association) -> None:
@@ -253,7 +270,7 @@ def _check_compression(kernel: EmbeddedKernel, sa: Association) -> None:
 
 def _check_tcp(kernel: EmbeddedKernel, sa: Association) -> None:
     bits = sa.auth_key[0] if sa.auth_key else 0
-    if not kernel.profile.tcp_signature or sa.auth != _TCP_MD5 or not 8 <= bits <= 640:
+    if not kernel.profile.tcp_signature or sa.auth != kernel.abi.authentication["tcp-md5"] or not 8 <= bits <= 640:
         raise RefusedError("EINVAL")
 
 
@@ -271,7 +288,7 @@ def add(kernel: EmbeddedKernel, request: Request) -> None:
     _check_keys(request)
     sa = index(kernel, request)
     sa.spi = kernel.wire.read_sa(request.raw(X.SA))[0]
-    if kernel.sad.find(*association_key(sa)) is not None:
+    if _find(kernel, sa) is not None:
         raise RefusedError("EEXIST")
     _check_spi(sa)
     sa = _fill(kernel, request, sa)
@@ -281,16 +298,21 @@ def add(kernel: EmbeddedKernel, request: Request) -> None:
 
 
 def update(kernel: EmbeddedKernel, request: Request) -> None:
-    """UPDATE: completes a larval SA; of a mature one it changes lifetimes and addresses, and refuses keys."""
+    """UPDATE: completes a larval SA; of a mature one it changes lifetimes and addresses, and refuses keys.
+
+    Up to FreeBSD 11.0 it makes either anew.
+    """
     _check_extensions(request)
     wanted = index(kernel, request)
     wanted.spi = kernel.wire.read_sa(request.raw(X.SA))[0]
-    sa = kernel.sad.find(*association_key(wanted))
-    if sa is None or sa.pid != request.pid:
+    sa = _find(kernel, wanted)
+    if sa is None:
+        raise RefusedError(kernel.profile.absent_update)
+    if sa.pid != request.pid:
         raise RefusedError("EINVAL")
     if not _same_index(sa, wanted):
-        raise RefusedError("ESRCH")
-    if sa.state == SAState.LARVAL:
+        raise RefusedError(kernel.profile.absent_association)
+    if sa.state == SAState.LARVAL or kernel.profile.update_refills:
         _check_keys(request)
         filled = _fill(kernel, request, sa)
         kernel.sad.remove(sa)
@@ -341,9 +363,9 @@ def _named(kernel: EmbeddedKernel, request: Request) -> Association:
     """The SA with this SPI (or TCP-MD5 key with these addresses); protocol and addresses must be its own."""
     wanted = index(kernel, request)
     wanted.spi = kernel.wire.read_sa(request.raw(X.SA))[0]
-    sa = kernel.sad.find(*association_key(wanted))
+    sa = _find(kernel, wanted)
     if sa is None or sa.protocol != wanted.protocol or sa.group[3:] != wanted.group[3:]:
-        raise RefusedError("ESRCH")
+        raise RefusedError(kernel.profile.absent_association)
     return sa
 
 
@@ -380,14 +402,12 @@ def flush(kernel: EmbeddedKernel, request: Request) -> None:
 
 
 def dump(kernel: EmbeddedKernel, request: Request) -> None:
-    """Counting down to 0; what does not fit the buffer is lost in silence."""
+    """Counting down to 0."""
     protocol = _protocol(request)
     found = [sa for sa in kernel.sad.by_groups() if protocol in (_PROTOCOLS[SAType.UNSPEC], sa.protocol)]
     if not found:
         raise RefusedError("ENOENT")
-    for left, sa in zip(range(len(found) - 1, -1, -1), found, strict=True):
-        part = kernel.wire.message(M.DUMP, sa.satype, left, request.pid, body_of(kernel, sa), reserved=1)
-        kernel.broadcast(part, Receivers.SENDER, request.channel)
+    send_dump(kernel, request, ((sa.satype, body_of(kernel, sa)) for sa in found), len(found))
 
 
 def body_of(kernel: EmbeddedKernel, sa: Association) -> bytes:

@@ -1,8 +1,9 @@
-"""FreeBSD's policies: what SPDADD stores, when SPDUPDATE unlinks, what replies and dumps show (key.c, 12.1 to 14.3)."""
+"""The policies of KAME's heirs: what SPDADD stores, when SPDUPDATE unlinks, what replies and dumps show (key.c)."""
 
 from __future__ import annotations
 
-from math import inf
+from collections.abc import Iterable
+from math import floor, inf
 from typing import TYPE_CHECKING
 
 from ..constants import Action, Direction, Level, Mode, PolicyScope, SAProtocol, UpperProtocol
@@ -12,12 +13,12 @@ from ..messages import Template
 from .dialect import Receivers
 from .profiles import Update
 from .spd import Entry
-from .wire import HEADER_SIZE, Endpoint, Limits, RefusedError, Request, pad8
+from .wire import HEADER_SIZE, Endpoint, Limits, RefusedError, Request, UnansweredError, pad8
 
 if TYPE_CHECKING:
     from .kernel import EmbeddedKernel
 
-__all__ = ["add", "delete", "delete_by_id", "dump", "ends", "expire", "flush", "gather", "get"]
+__all__ = ["add", "delete", "delete_by_id", "dump", "ends", "expire", "flush", "gather", "get", "send_dump"]
 
 _PROTOCOLS = (SAProtocol.ESP, SAProtocol.AH, SAProtocol.IPCOMP)
 _TYPES = (Action.DISCARD, Action.NONE, Action.IPSEC)
@@ -58,9 +59,11 @@ def _entry(kernel: EmbeddedKernel, request: Request, *, adding: bool) -> Entry:
     source, destination = ends(kernel, request)
     raw = _policy_extension(kernel, request)
     action, direction, _, priority = kernel.wire.read_policy(raw)
+    if adding and direction not in _DIRECTIONS and kernel.profile.bad_direction_is_silent:
+        raise UnansweredError
     if direction not in _DIRECTIONS or action not in _TYPES:
         raise RefusedError("EINVAL")
-    if adding and action == Action.IPSEC and len(raw) <= 16:
+    if adding and action == Action.IPSEC and len(raw) <= 16 and not _may_be_empty(kernel, request):
         raise RefusedError("EINVAL")
     protocol, source_prefix, _ = kernel.wire.read_address(request.raw(X.ADDRESS_SRC))
     _, destination_prefix, _ = kernel.wire.read_address(request.raw(X.ADDRESS_DST))
@@ -75,11 +78,15 @@ def _entry(kernel: EmbeddedKernel, request: Request, *, adding: bool) -> Entry:
         protocol=protocol,
         any_protocol=protocol == UpperProtocol.ANY,
         action=action,
-        priority=priority,
+        priority=priority if kernel.abi.has_priority else 0,
         created=now,
         hard=Limits(addtime=hard.addtime, usetime=hard.usetime) if hard else None,
         used=now,
     )
+
+
+def _may_be_empty(kernel: EmbeddedKernel, request: Request) -> bool:
+    return request.type == M.SPDSETIDX and kernel.profile.setidx_may_be_empty
 
 
 def _read_templates(kernel: EmbeddedKernel, request: Request, entry: Entry) -> None:
@@ -165,6 +172,8 @@ def add(kernel: EmbeddedKernel, request: Request) -> None:
     unlink_first = kernel.profile.update is Update.UNLINK_FIRST
     if old is not None and unlink_first:
         _unlink(kernel, old, "unlinked")
+        if kernel.profile.update_drains:
+            kernel.step("drained")
         kernel.stop_after_unlink()
     try:
         if entry.action == Action.IPSEC:
@@ -202,6 +211,10 @@ def _swap(kernel: EmbeddedKernel, old: Entry, new: Entry) -> None:
 
 def _unlink(kernel: EmbeddedKernel, entry: Entry, step: str) -> None:
     kernel.spd.unlink(entry)
+    if kernel.profile.dead_seconds:
+        until = floor(kernel.now()) + kernel.profile.dead_seconds  # a timer looks once a second
+        kernel.spd.bury(entry, until)
+        kernel.schedule(until)
     kernel.step(step)
 
 
@@ -230,7 +243,8 @@ def get(kernel: EmbeddedKernel, request: Request) -> None:
     entry = kernel.spd.by_id(kernel.wire.read_policy(_policy_extension(kernel, request))[2])
     if entry is None:
         raise RefusedError("ENOENT")
-    answer = kernel.wire.answer(request, _body(kernel, entry), reserved=2)
+    seq = 0 if kernel.profile.get_answers_seq_zero else request.seq
+    answer = kernel.wire.message(M.SPDGET, request.satype, seq, request.pid, _body(kernel, entry), reserved=2)
     tell(kernel, request, answer, Receivers.SENDER)
 
 
@@ -255,7 +269,7 @@ def _shown_policy(kernel: EmbeddedKernel, entry: Entry) -> bytes:
     return kernel.wire.policy(
         entry.action,
         entry.direction,
-        scope=PolicyScope.GLOBAL,
+        scope=kernel.scope,
         id=entry.id,
         priority=entry.priority,
         requests=entry.requests,
@@ -263,13 +277,24 @@ def _shown_policy(kernel: EmbeddedKernel, entry: Entry) -> bytes:
 
 
 def dump(kernel: EmbeddedKernel, request: Request) -> None:
-    """SPDDUMP: inbound, then outbound, counting down to 0; what does not fit the buffer is lost in silence."""
-    entries = [entry for direction in _DIRECTIONS for entry in kernel.spd.in_order(direction)]
+    """SPDDUMP: inbound, then outbound, counting down to 0."""
+    entries = [entry for direction in _DIRECTIONS for entry in kernel.spd.listed(direction)]
     if not entries or not (request.satype == PolicyScope.ANY or request.satype & PolicyScope.GLOBAL):
         raise RefusedError("ENOENT")
-    for left, entry in zip(range(len(entries) - 1, -1, -1), entries, strict=True):
-        part = kernel.wire.message(M.SPDDUMP, 0, left, request.pid, _body(kernel, entry), reserved=1)
-        kernel.broadcast(part, Receivers.SENDER, request.channel)
+    send_dump(kernel, request, ((0, _body(kernel, entry)) for entry in entries), len(entries))
+
+
+def send_dump(kernel: EmbeddedKernel, request: Request, bodies: Iterable[tuple[int, bytes]], count: int) -> None:
+    """Queue the parts of a dump, given as SA type and extensions; what does not fit the buffer is lost in silence."""
+    whole = kernel.profile.dump_in_one
+    if whole and not request.channel.has_room:
+        request.data[2] = kernel.abi.error_numbers["ENOBUFS"]
+        kernel.deliver(request.channel, bytes(request.data), beyond_limit=True)
+        return
+    message, kind, pid = kernel.wire.message, request.type, request.pid
+    for left, (satype, body) in zip(range(count - 1, -1, -1), bodies, strict=True):
+        part = message(kind, satype, left, pid, body, reserved=1)
+        kernel.broadcast(part, Receivers.SENDER, request.channel, beyond_limit=whole)
 
 
 def flush(kernel: EmbeddedKernel, request: Request) -> None:
@@ -283,6 +308,7 @@ def flush(kernel: EmbeddedKernel, request: Request) -> None:
 
 def expire(kernel: EmbeddedKernel, now: float) -> float:
     """Remove what is older than its hard lifetime or idle for longer; SPDEXPIRE to those who registered."""
+    kernel.spd.forget_dead(now)
     for entry in list(kernel.spd):
         if now > _due(entry):
             _unlink(kernel, entry, "expired")
@@ -292,7 +318,7 @@ def expire(kernel: EmbeddedKernel, now: float) -> float:
             body += _shown_policy(kernel, entry)
             kernel.broadcast(wire.message(M.SPDEXPIRE, 0, 0, 0, body, reserved=1), Receivers.REGISTERED)
     # Looked at once a second, and only what is older than its limit goes.
-    return min(map(_due, kernel.spd), default=inf) + 1
+    return min(min(map(_due, kernel.spd), default=inf) + 1, kernel.spd.next_to_forget)
 
 
 def _due(entry: Entry) -> float:

@@ -1,4 +1,4 @@
-"""FreeBSD's SAs in time: limits and EXPIRE, packets that use them, and the ACQUIRE that asks for one (key.c)."""
+"""The SAs of KAME's heirs in time: limits and EXPIRE, packets that use them, the ACQUIRE that asks for one."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def acquire(
     body = wire.address(X.ADDRESS_SRC, source.raw, packet.protocol, width)
     body += wire.address(X.ADDRESS_DST, destination.raw, packet.protocol, width)
     body += wire.policy(entry.action, entry.direction, id=entry.id, priority=entry.priority)
-    if template.reqid:
+    if template.reqid and kernel.profile.acquire_tells_reqid:
         body += wire.sa2(template.mode, template.reqid)
     # The real kernel's proposal lists combinations of its algorithms; this one leaves the choice open.
     body += wire.small(X.PROPOSAL, bytes((32, 0, 0, 0)))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from math import inf
 from threading import RLock
 
@@ -19,6 +21,7 @@ from .profiles import Dialect, Profile, Update, profile
 from .sad import AssociationDatabase
 from .spd import PolicyDatabase
 from .traffic import Passage, make_packet, send_packet
+from .walkers import Walkers
 from .wire import RefusedError, SendFailedError, wire_for
 
 __all__ = ["EmbeddedKernel"]
@@ -43,6 +46,10 @@ def _any_between(low: int, high: int) -> int:
 class EmbeddedKernel:
     """An SAD and an SPD in this process, spoken to in the PF_KEY bytes of a real system: "linux", "freebsd-13", ...
 
+    With `cpus=2` a Linux shows what only packets on another CPU can see (the profile "linux-smp" has them): at a step
+    "walking" look-ups see the SPD as a packet does that started before and is not through yet.  `grace_period()` waits
+    for such packets, and so do a few milliseconds.
+
     `connect()` gives a connection, any number of them, from any thread.  `clock` tells the time in seconds since the
     epoch; `advance()` moves it on.  `choose_spi` picks an SPI from a range (default: at random).
 
@@ -54,17 +61,19 @@ class EmbeddedKernel:
         self,
         profile_name: str | Profile = "linux",
         *,
+        cpus: int | None = None,
         clock: Callable[[], float] = time.time,
         choose_spi: Callable[[int, int], int] | None = None,
     ) -> None:
-        self.profile = profile(profile_name)
+        self.profile = profile(profile_name) if cpus is None else replace(profile(profile_name), cpus=cpus)
         self.choose_spi = choose_spi or _any_between
         self.lock = RLock()
         self.on_step: list[Callable[[str, EmbeddedKernel], None]] = []
         self.wire = wire_for(self.profile.abi)
         self.spd = PolicyDatabase(self.profile)
         self.dialect = _module(self.profile.dialect)
-        self.sad = AssociationDatabase(self.dialect.association_key)
+        self.sad = AssociationDatabase(partial(self.dialect.association_key, self.profile))
+        self.walkers = Walkers()
         self.channels: list[EmbeddedChannel] = []
         self.acquires: dict[tuple[object, ...], list[float]] = {}
         """FreeBSD: which packets asked for an SA -> [seq, packets since, when]."""
@@ -199,8 +208,25 @@ class EmbeddedKernel:
 
     def step(self, name: str) -> None:
         """The SPD is now in a state that a packet could meet."""
+        if not self.on_step:
+            return
+        self._look(name)
+        if self.walkers:
+            for unseen in self.walkers.missed(self):
+                self.spd.hidden = unseen
+                try:
+                    self._look("walking")
+                finally:
+                    self.spd.hidden = frozenset()
+
+    def _look(self, name: str) -> None:
         for watch in list(self.on_step):
             watch(name, self)
+
+    def grace_period(self) -> None:
+        """Return when no packet is on its way any more that started before."""
+        with self.lock:
+            self.walkers.end(self)
 
     def stop_after_unlink(self) -> None:
         """Raise the error that a fault has ready for the moment after the unlinking."""
@@ -209,24 +235,27 @@ class EmbeddedKernel:
                 self._faults.remove(fault)
                 raise RefusedError(fault.error)
 
-    def deliver(self, channel: EmbeddedChannel, message: bytes) -> bool:
+    def deliver(self, channel: EmbeddedChannel, message: bytes, *, beyond_limit: bool = False) -> bool:
         """Into a connection's receive buffer; False when it did not fit."""
         if channel is not self._muted:
-            return channel.queue(message)
+            return channel.queue(message, beyond_limit=beyond_limit)
         if self._holds:
             self._late.append((channel, message))
         return True
 
-    def broadcast(self, message: bytes, receivers: Receivers, one: EmbeddedChannel | None = None) -> bool:
-        """To those concerned, `one` last and in any case; False when `one` had no room."""
+    def broadcast(
+        self, message: bytes, receivers: Receivers, one: EmbeddedChannel | None = None, *, beyond_limit: bool = False
+    ) -> bool:
+        """To those concerned, `one` last and in any case; False when `one` had no room (on some, when anybody had)."""
         for channel in reversed(self.channels):
             if channel.promiscuous:
                 self.deliver(channel, self.dialect.promiscuous_copy(self, message))
             if channel is one or receivers is Receivers.SENDER:
                 continue
-            if receivers is Receivers.ALL or channel.registered:
-                self.deliver(channel, message)
-        return one is None or self.deliver(one, message)
+            heard = not (receivers is Receivers.ALL or channel.registered) or self.deliver(channel, message)
+            if not heard and self.profile.deaf_listener_fails:
+                return False
+        return one is None or self.deliver(one, message, beyond_limit=beyond_limit)
 
     def someone_registered(self) -> bool:
         """Whether an ACQUIRE would be heard."""

@@ -1,6 +1,8 @@
 """What one kernel does that another does not: a table of quirks per release, nothing but data.
 
-Recorded: Linux 6.1 and FreeBSD 12.1 (their answers are replayed by the tests).  Read in sources: FreeBSD 13.0 and 14.3.
+Recorded: Linux 6.1 and FreeBSD 12.1 (their answers are replayed by the tests).  Seen to run: an 11-CURRENT of 2014.
+Read in sources: Linux 6.12, FreeBSD 10.4, 11.0, 13.0 and 14.3, NetBSD's key.c 1.285, xnu-11417 (macOS).  Where nobody
+looked, FreeBSD 10, NetBSD and macOS do what their common ancestor does, KAME's key.c.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from enum import Enum
 from ..abi import Abi
 from ..errors import NotSupported
 
-__all__ = ["Dialect", "Profile", "Update", "profile"]
+__all__ = ["PROFILE_NAMES", "Dialect", "Profile", "Update", "profile"]
 
 AlgorithmTable = tuple[tuple[int, int, int, int], ...]
 """(number, bytes of IV, least key bits, most key bits), as REGISTER lists them."""
@@ -28,7 +30,8 @@ class Update(Enum):
     """What SPDUPDATE does with the policy it replaces."""
 
     REPLACE = "replace"  # links the new one before it unlinks the old one: one step for whoever looks
-    UNLINK_FIRST = "unlink-first"  # unlinks the old one, then reads and links the new one: a window without a policy
+    UNLINK_FIRST = "unlink-first"  # unlinks the old one (or marks it dead, which every look-up skips: FreeBSD 10,
+    # macOS), then reads and links the new one: a window without a policy
     SWAP = "swap"  # reads the new one, then detaches the old one and links the new one under one lock
 
 
@@ -48,6 +51,8 @@ class Profile:
     hosts_apart: bool
     """Policies between two single addresses have a table of their own.  At equal priority they win against all prefix
     policies of the direction but the very first one, whatever their age (Linux 6.1)."""
+    templates_maximum: int
+    """How many templates a policy can have."""
     sole_policy_glimpse: bool
     """While SPDUPDATE swaps the only policy of its direction, a packet that looks at the list head without the lock
     (key_havesp) finds none and leaves in clear (FreeBSD 14)."""
@@ -55,6 +60,28 @@ class Profile:
     """What level UNIQUE without a usable reqid gets first."""
     default_level_protects: bool
     """A packet without an SA is held back by a template of level DEFAULT (on the BSDs it leaves in clear)."""
+
+    ties_by_link: bool = field(default=False, kw_only=True)
+    """Policies of one pair of prefixes are a chain of their own.  Each chain gives the first that matches, ties between
+    chains go to what was linked first; an update is a new link, and keeps the place in its chain (Linux 6.12)."""
+    cpus: int = field(default=1, kw_only=True)
+    """On Linux with more than one, a packet can walk a chain while an SPDUPDATE moves a policy to a place that it has
+    passed, and meets neither the old nor the new one.  (The windows of the BSDs show on one CPU too.)"""
+    grace_seconds: float = field(default=0.01, kw_only=True)
+    """How long such a walk lasts at most; seen on Linux 6.18 with two CPUs were 3 ms."""
+    update_drains: bool = field(default=False, kw_only=True)
+    """Between unlinking the old policy and reading the new one SPDUPDATE waits until no packet uses the old one: a step
+    more without a policy (NetBSD)."""
+    dead_seconds: float = field(default=0.0, kw_only=True)
+    """A policy that was deleted or replaced stays in dumps for up to so long (3 seconds, seen on an 11-CURRENT)."""
+    bad_direction_is_silent: bool = field(default=False, kw_only=True)
+    """An SPDADD or SPDUPDATE with a direction other than in and out is not answered at all (FreeBSD up to 11.0)."""
+    setidx_may_be_empty: bool = field(default=False, kw_only=True)
+    """SPDSETIDX takes type IPSEC without a template, and packets of such a policy are dropped (FreeBSD up to 11.0)."""
+    get_answers_seq_zero: bool = field(default=False, kw_only=True)
+    """SPDGET is answered with seq 0, not with the request's (seen on an 11-CURRENT; macOS)."""
+    acquire_tells_reqid: bool = field(default=True, kw_only=True)
+    """An ACQUIRE has an SA2 extension when the template has a reqid (FreeBSD 12 and later)."""
 
     missing_sa_is_no_use: bool
     """A packet dropped for want of an SA does not count as a use of the policy (Linux)."""
@@ -68,6 +95,12 @@ class Profile:
     """A longer message is EMSGSIZE from send()."""
     message_limit: int
     """A longer message is ENOBUFS from send() (FreeBSD: MCLBYTES); 0 where there is no such limit."""
+    dump_in_one: bool = field(default=False, kw_only=True)
+    """A dump is queued in one piece if there is any room, beyond the limit of the buffer; if there is none the answer
+    is ENOBUFS, which always gets through (NetBSD)."""
+    deaf_listener_fails: bool = field(default=False, kw_only=True)
+    """When somebody else's receive buffer is full, send() fails with ENOBUFS after the work, and neither the sender nor
+    those who come later in the list hear of it (seen on an 11-CURRENT; 12.1 goes on)."""
 
     # The SAD.
     authentication: AlgorithmTable = field(repr=False)
@@ -77,11 +110,15 @@ class Profile:
     """TCP-MD5 keys can be stored (FreeBSD with tcpmd5.ko; the recorded 12.1 ran without it and answers EINVAL)."""
     larval_seconds: int = 30
     """How long an SA lives that GETSPI or an ACQUIRE made and nobody completed."""
-
-    @property
-    def templates_maximum(self) -> int:
-        """How many templates a policy can have."""
-        return self.abi.maximum_templates
+    spi_for_each_pair: bool = False
+    """An SPI is taken for two addresses and a protocol only (FreeBSD up to 11.0), not for all of them."""
+    update_refills: bool = False
+    """UPDATE makes any SA anew and wants its keys, lifetimes alone are EINVAL (FreeBSD up to 11.0); later ones refuse
+    keys for an SA that is mature."""
+    absent_association: str = "ESRCH"
+    """What GET and DELETE of an absent SA answer."""
+    absent_update: str = "EINVAL"
+    """What UPDATE of an absent SPI answers (the BSDs)."""
 
 
 LINUX_6_1 = Profile(
@@ -91,6 +128,7 @@ LINUX_6_1 = Profile(
     update=Update.REPLACE,
     update_keeps_place=True,
     hosts_apart=True,
+    templates_maximum=6,
     sole_policy_glimpse=False,
     first_reqid=16384,
     default_level_protects=True,
@@ -113,6 +151,7 @@ FREEBSD_12 = Profile(
     update=Update.UNLINK_FIRST,
     update_keeps_place=False,
     hosts_apart=False,
+    templates_maximum=4,
     sole_policy_glimpse=False,
     first_reqid=16385,  # the counter starts at 16384 and is raised before it is used
     default_level_protects=False,
@@ -157,7 +196,74 @@ FREEBSD_14 = replace(
     encryption=(*_MODERN_ENCRYPTION, (15, 8, 256, 256)),
 )
 
-_PROFILES = {profile.name: profile for profile in (LINUX_6_1, FREEBSD_12, FREEBSD_13, FREEBSD_14)}
+LINUX_6_12 = replace(LINUX_6_1, name="linux-6.12", hosts_apart=False, ties_by_link=True)
+LINUX_SMP = replace(LINUX_6_1, name="linux-smp", cpus=2)
+
+FREEBSD_11 = replace(
+    FREEBSD_12,
+    name="freebsd-11",
+    abi=Abi.freebsd("11.0"),
+    templates_maximum=1 << 16,  # IPSEC_MAXREQ came with 11.1
+    dead_seconds=3.0,
+    bad_direction_is_silent=True,
+    setidx_may_be_empty=True,
+    get_answers_seq_zero=True,
+    acquire_tells_reqid=False,
+    deaf_listener_fails=True,
+    spi_for_each_pair=True,
+    update_refills=True,
+    absent_association="ENOENT",
+    absent_update="ENOENT",
+)
+
+# Before AES-GCM; SADB_X_EALG_AESCTR (250 there) is a number without code.
+FREEBSD_10 = replace(
+    FREEBSD_11,
+    name="freebsd-10",
+    abi=Abi.freebsd(10),
+    get_answers_seq_zero=False,
+    authentication=tuple(row for row in FREEBSD_12.authentication if row[0] not in (11, 12, 13)),
+    encryption=tuple(row for row in FREEBSD_12.encryption if row[0] not in (13, 20, 23)),
+)
+
+# Its policies are freed as soon as nobody uses them, so that dumps show no dead ones.
+NETBSD = replace(
+    FREEBSD_11,
+    name="netbsd",
+    abi=Abi.netbsd(),
+    update_drains=True,
+    dead_seconds=0.0,
+    get_answers_seq_zero=False,
+    dump_in_one=True,
+    authentication=FREEBSD_12.authentication,
+    encryption=FREEBSD_12.encryption,
+)
+
+# The same algorithms under macOS's own numbers.
+MACOS = replace(
+    FREEBSD_10,
+    name="macos",
+    abi=Abi.macos(),
+    get_answers_seq_zero=True,
+    authentication=(
+        (1, 0, 128, 128), (2, 0, 160, 160), (6, 0, 256, 256), (7, 0, 384, 384), (8, 0, 512, 512), (3, 0, 128, 128),
+        (4, 0, 160, 160), (5, 0, 8, 2048),
+    ),
+    encryption=(
+        (1, 8, 64, 64), (2, 8, 192, 192), (5, 8, 40, 128), (4, 8, 40, 448), (3, 0, 0, 2048), (12, 16, 128, 256),
+        (13, 12, 128, 256), (14, 8, 256, 256), (15, 12, 128, 256),
+    ),
+)  # fmt: skip
+
+_PROFILES = {
+    profile.name: profile
+    for profile in (
+        LINUX_6_1, LINUX_6_12, LINUX_SMP, FREEBSD_10, FREEBSD_11, FREEBSD_12, FREEBSD_13, FREEBSD_14, NETBSD, MACOS,
+    )
+}  # fmt: skip
+
+PROFILE_NAMES = tuple(_PROFILES)
+"""The names that EmbeddedKernel and `embedded:NAME` take."""
 
 
 def profile(name: str | Profile) -> Profile:

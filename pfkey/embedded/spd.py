@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from heapq import merge
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
+from math import inf
 from typing import NamedTuple
 
 from ..constants import Action, Direction, PolicyScope, UpperProtocol
@@ -60,6 +62,8 @@ class Entry:
     used: float = 0.0
     """Last use; 0 for never (Linux), creation while there was none (FreeBSD)."""
     dead: bool = False
+    link: int = 0
+    """When it was linked: a number that grows with every link."""
     body: bytes | None = None
     """The extensions of a reply or dump, kept until something in them changes."""
     _shown: Policy | None = field(default=None, repr=False)
@@ -80,6 +84,17 @@ class Entry:
     def between_hosts(self) -> bool:
         """Both sides are single addresses."""
         return not self._source_shift and not self._destination_shift
+
+    @property
+    def chain(self) -> tuple[int, ...]:
+        """The family and prefixes of both sides: Linux keeps policies that share them in one chain."""
+        return (
+            self.source.version,
+            self._source_bits,
+            self._source_shift,
+            self._destination_bits,
+            self._destination_shift,
+        )
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -172,12 +187,29 @@ class _Table:
         del self.keys[position]
         del self.entries[position]
 
-    def match(self, packet: Packet) -> Entry | None:
+    def match(self, packet: Packet, hidden: AbstractSet[Entry]) -> Entry | None:
         """The first that the packet belongs to."""
         for entry in self.entries:
-            if entry.matches(packet):
+            if entry.matches(packet) and entry not in hidden:
                 return entry
         return None
+
+    def match_chains(self, packet: Packet, hidden: AbstractSet[Entry]) -> Entry | None:
+        """Of the first that it belongs to in each chain, the one of the best priority that was linked first."""
+        best: Entry | None = None
+        asked: set[tuple[int, ...]] = set()
+        for entry in self.entries:
+            if best is not None and entry.priority > best.priority:
+                break
+            if entry.matches(packet) and entry not in hidden and entry.chain not in asked:
+                asked.add(entry.chain)
+                if best is None or entry.link < best.link:
+                    best = entry
+        return best
+
+    def up_to(self, entry: Entry) -> int:
+        """How many stand in front of it, or of the place where it stood."""
+        return bisect_left(self.keys, entry._key)
 
 
 class PolicyDatabase:
@@ -187,7 +219,11 @@ class PolicyDatabase:
         self._profile = profile
         self._identities: dict[tuple[object, ...], Entry] = {}  # in the order of linking
         self._ids: dict[int, Entry] = {}
-        self._links = 0
+        self.links = 0
+        """How many links there were so far."""
+        self.hidden: AbstractSet[Entry] = frozenset()
+        """What look-ups do not see for the moment."""
+        self._dead: list[tuple[float, Entry]] = []
         self._tables = {direction: _Table() for direction in Direction}
         self._hosts = {direction: _Table() for direction in Direction}
         # Linux 6.1 numbers the prefix policies of a direction from 0, anew whenever it links one.  Policies between
@@ -206,7 +242,11 @@ class PolicyDatabase:
         return list(reversed(self._identities.values()))
 
     def in_order(self, direction: int) -> list[Entry]:
-        """Those of a direction, in the order in which a packet tries them."""
+        """Those of a direction, in the order in which a packet tries them.
+
+        On Linux 6.12, where ties between chains are settled for each packet anew, no one order is everybody's: this
+        is that of priority, and of each chain.
+        """
         entries = self._tables[Direction(direction)].entries
         hosts = self._hosts[Direction(direction)].entries
         return list(merge(entries, hosts, key=self._rank)) if hosts else list(entries)
@@ -233,8 +273,9 @@ class PolicyDatabase:
 
     def link(self, entry: Entry, place_of: Entry | None = None) -> None:
         """Put it where its priority belongs: behind its equals, or where `place_of` stood among them."""
-        self._links += 1
-        entry._key = (entry.priority if self._profile.abi.has_priority else 0, self._links)
+        self.links += 1
+        entry.link = self.links
+        entry._key = (entry.priority if self._profile.abi.has_priority else 0, self.links)
         if place_of is not None and self._profile.update_keeps_place and place_of._key[0] == entry._key[0]:
             entry._key = place_of._key
         table = self._table(entry)
@@ -251,6 +292,37 @@ class PolicyDatabase:
         del self._ids[entry.id]
         entry.dead = True
 
+    def bury(self, entry: Entry, until: float) -> None:
+        """One that was unlinked stays in dumps until then."""
+        self._dead.append((until, entry))
+
+    def forget_dead(self, now: float) -> None:
+        """Out of the dumps, too."""
+        self._dead = [(until, entry) for until, entry in self._dead if until > now]
+
+    @property
+    def next_to_forget(self) -> float:
+        """When the first of the dead goes."""
+        return min((until for until, _ in self._dead), default=inf)
+
+    def listed(self, direction: int) -> list[Entry]:
+        """What a dump shows of a direction: those in order, and where they stood those that died of late."""
+        entries = self.in_order(direction)
+        if self._dead:
+            entries += [entry for _, entry in self._dead if entry.direction == direction]
+            entries.sort(key=lambda entry: entry._key)
+        return entries
+
+    def between(self, first: Entry, last: Entry) -> list[Entry]:
+        """The policies of their chain behind `first` and in front of the place of `last`."""
+        table = self._table(first)
+        return [e for e in table.entries[table.up_to(first) + 1 : table.up_to(last)] if e.chain == first.chain]
+
+    def in_front_of(self, entry: Entry) -> list[Entry]:
+        """The policies of its chain in front of its place."""
+        table = self._table(entry)
+        return [e for e in table.entries[: table.up_to(entry)] if e.chain == entry.chain]
+
     def replace(self, old: Entry, new: Entry) -> None:
         """One in the place of the other, in one step.
 
@@ -264,8 +336,11 @@ class PolicyDatabase:
 
     def match(self, direction: int, packet: Packet) -> Entry | None:
         """The first policy that the packet meets."""
-        entry = self._tables[Direction(direction)].match(packet)
-        host = self._hosts[Direction(direction)].match(packet)
+        table = self._tables[Direction(direction)]
+        if self._profile.ties_by_link:
+            return table.match_chains(packet, self.hidden)
+        entry = table.match(packet, self.hidden)
+        host = self._hosts[Direction(direction)].match(packet, self.hidden)
         if entry is None or host is None:
             return entry or host
         return min(entry, host, key=self._rank)

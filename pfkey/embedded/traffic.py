@@ -75,6 +75,8 @@ def send_packet(kernel: EmbeddedKernel, direction: Direction, packet: Packet, si
         verdict = Verdict.DROPPED
     elif entry.action != Action.IPSEC:
         verdict = Verdict.PLAINTEXT
+    elif not entry.templates and direction is Direction.OUT:
+        verdict = Verdict.DROPPED  # made by SPDSETIDX on an old BSD: it has nothing to protect the packet with
     elif direction is Direction.OUT:
         verdict = _protect(kernel, entry, packet, size, used)
     else:

@@ -7,7 +7,7 @@ byte and takes protocol 306 for 50.  So this kernel reads with its own few funct
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from ipaddress import IPv4Address, IPv6Address
 from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,6 +26,7 @@ __all__ = [
     "RefusedError",
     "Request",
     "SendFailedError",
+    "UnansweredError",
     "Wire",
     "pad8",
     "wire_for",
@@ -51,6 +52,10 @@ class SendFailedError(Exception):
         self.name = name
 
 
+class UnansweredError(Exception):
+    """The kernel drops the request: no work, no reply, and send() succeeds."""
+
+
 class Endpoint(NamedTuple):
     """A sockaddr: IP version, address and port as numbers, the scope of a link-local address, and its own bytes."""
 
@@ -63,12 +68,21 @@ class Endpoint(NamedTuple):
     @property
     def ip(self) -> IPAddress:
         """The address as people know it."""
-        return IPv4Address(self.address) if self.version == 4 else IPv6Address(self.address)
+        return _ip(self.version, self.address)
 
     @property
     def packed(self) -> bytes:
         """The address in network order."""
         return self.address.to_bytes(4 if self.version == 4 else 16, "big")
+
+
+_few = lru_cache(maxsize=4096)
+"""Remembers what the same bytes were read as: the addresses of a request are looked at many times."""
+
+
+@_few
+def _ip(version: int, address: int) -> IPAddress:
+    return IPv4Address(address) if version == 4 else IPv6Address(address)
 
 
 class Limits(NamedTuple):
@@ -133,6 +147,10 @@ class Wire:
         self._request = Struct(order + ("HHBBHII" if abi.request_size == 16 else "HHBBH"))
         self._family = {4: abi.af_inet, 6: abi.af_inet6}
         self._version = {number: version for version, number in self._family.items()}
+        self.sockaddr = _few(self._sockaddr)
+        self.endpoint = _few(self._endpoint)
+        self.read_address = _few(self._read_address)
+        self.plain = _few(self._plain)
 
     # Writing.
 
@@ -157,7 +175,7 @@ class Wire:
         satype = request.satype if satype is None else satype
         return self.message(kind, satype, request.seq, request.pid, body, reserved=reserved)
 
-    def sockaddr(self, version: int, address: int, port: int = 0, scope: int = 0) -> bytes:
+    def _sockaddr(self, version: int, address: int, port: int = 0, scope: int = 0) -> bytes:
         """A sockaddr_in (16 bytes) or sockaddr_in6 (28 bytes)."""
         family, size = self._family[version], 16 if version == 4 else 28
         start = bytes((size, family)) if self.abi.sockaddr_has_length else self.u16.pack(family)
@@ -221,7 +239,7 @@ class Wire:
         words, number = self._head.unpack_from(data, offset)
         return words * 8, number
 
-    def endpoint(self, data: bytes) -> Endpoint | None:
+    def _endpoint(self, data: bytes) -> Endpoint | None:
         """The sockaddr that `data` begins with; None for another family or too few bytes."""
         if len(data) < 2:
             return None
@@ -236,10 +254,14 @@ class Wire:
         address = int.from_bytes(data[8:24], "big")
         return Endpoint(6, address, port, self.u32.unpack_from(data, 24)[0], bytes(data[:28]))
 
-    def read_address(self, extension: bytes) -> tuple[int, int, Endpoint | None]:
+    def _read_address(self, extension: bytes) -> tuple[int, int, Endpoint | None]:
         """Protocol, prefix length and sockaddr of an address extension."""
         _, _, protocol, prefixlen, _ = self._address.unpack_from(extension)
         return protocol, prefixlen, self.endpoint(extension[8:])
+
+    def _plain(self, end: Endpoint) -> Endpoint:
+        """The end without scope and flow information."""
+        return end._replace(scope=0, raw=self.sockaddr(end.version, end.address, end.port))
 
     def read_lifetime(self, extension: bytes) -> Limits:
         """The limits of a lifetime extension."""
