@@ -129,7 +129,7 @@ def policy(type: int, value: Policy, requests: bytes, abi: Abi) -> Message | Non
     """A message about a policy; None when it takes the general way."""
     selector = value.selector
     identity = selector.identity
-    if len(identity) > 8:  # it has a scope
+    if selector._scopes is not None:
         return None
     version, _, source_bits, _, destination_bits, protocol, source_port, destination_port = identity
     source, destination = selector.packed

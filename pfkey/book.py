@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from .abi import Abi
-from .constants import Direction
+from .constants import Action, Direction
 from .errors import NotSupported
 from .guards import Guard, Kind, read_tag, tag_lifetime
 from .messages import Policy, Selector
 from .overlaps import OverlapIndex
-from .tracker import ABSENT, Image, Installed, State, TrackedPolicy, image_of_policy
+from .tracker import ABSENT, Image, Installed, Request, State, TrackedPolicy, image_of, image_of_policy
+from .typed import PolicyRow, templates_of
 
 __all__ = ["Book", "Ownership", "Settings"]
 
@@ -43,6 +44,8 @@ class Settings:
 
 
 _PRESENT = (State.OURS, State.UNKNOWN)
+_STORED = (Action.DISCARD, Action.NONE, Action.IPSEC)
+_REQUESTS_KEPT = 100_000
 
 
 class Book:
@@ -66,6 +69,8 @@ class Book:
         """Such guards that had to stay: they still hold the place of a policy that is not there."""
         self.former: dict[tuple[int, tuple[int, ...]], Installed] = {}
         """What the kernel held at the start that is ours by its tag, or may be adopted; until somebody asks for it."""
+        self._requests: dict[bytes, tuple[Request, ...]] = {}
+        """What requests on the wire mean, as long as there are not too many of them."""
         self._strangers: dict[tuple[int, tuple[int, ...]], list[int]] | None = {}
         """Priorities of others' policies by direction and networks; None when they could not be read."""
 
@@ -139,6 +144,23 @@ class Book:
         image = image_of_policy(policy, self.abi)
         return like if image == like and like is not None else image
 
+    def row_image(self, row: PolicyRow, like: Image | None = None) -> Image:
+        """The same of a row of a dump."""
+        requests = self._requests.get(row.requests)
+        if requests is None:
+            templates = templates_of(row.requests, self.abi)
+            requests = image_of(Action.IPSEC, templates, 0, self.abi).requests
+            if len(self._requests) > _REQUESTS_KEPT:
+                self._requests.clear()
+            self._requests[row.requests] = requests
+        same = like is not None and like.action == row.action and like.priority == row.priority
+        if same and like is not None and (like.requests is requests or like.requests == requests):
+            return like
+        action = Action(row.action) if row.action in _STORED else row.action
+        return image_of(action, (), row.priority, self.abi)._replace(
+            requests=requests if action == Action.IPSEC else ()
+        )
+
     def is_mine(self, policy: Policy) -> bool:
         """Whether it carries this tracker's own tag."""
         tag = read_tag(policy.lifetime_hard, self.abi)
@@ -176,7 +198,7 @@ class Book:
         """What was seen of them is old."""
         self._strangers = {}
 
-    def see_strangers(self, rows: Iterable[Policy] | None) -> None:
+    def see_strangers(self, rows: Iterable[PolicyRow] | None) -> None:
         """Note those of a dump; None: it could not be read, and they may be anywhere."""
         if rows is None:
             self._strangers = None
@@ -185,7 +207,7 @@ class Book:
         self._strangers = strangers
         for row in rows:
             if self.ids.get(row.id) is None:
-                strangers.setdefault((int(row.direction), row.selector.identity[:5]), []).append(row.priority)
+                strangers.setdefault((row.direction, row.identity[:5]), []).append(row.priority)
 
     def stranger_between(self, tracked: TrackedPolicy, low: int, high: int) -> bool:
         """Whether a policy of somebody else with the same networks has a priority between these."""

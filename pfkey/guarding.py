@@ -151,4 +151,4 @@ def _look_for_strangers(book: Book, works: Sequence[Work]) -> Steps:
         log.warning("other policies could not be read, so priorities that get stronger are guarded: %s", error)
         book.see_strangers(None)
     else:
-        book.see_strangers(rows)
+        book.see_strangers(rows.numbers)

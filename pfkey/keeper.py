@@ -24,7 +24,7 @@ from .resync import Difference, resync, sweep
 from .settle import settle
 from .tracker import State, TrackedPolicy
 from .uses import POSTPONED, Transaction, change_of, close_error, shift, state_text, tunnel_calls
-from .work import ENTER, GRACE, Ask, Change, Dump, Run, Work, read
+from .work import ENTER, GRACE, Ask, Change, Dump, Rows, Run, Work, get, is_entry, read
 
 __all__ = ["Change", "PolicyKernel", "PolicyTracker", "Transaction", "make_settings"]
 
@@ -436,7 +436,7 @@ class PolicyTracker:
                     if isinstance(effect, Ask):
                         value = self._ask(effect)
                     elif isinstance(effect, Dump):
-                        value = self._kernel.dump_policies()
+                        value = Rows.of(self._kernel.dump_policies(), self._abi)
                     elif effect is GRACE:
                         self._grace()
                     elif effect is ENTER and writer is None:
@@ -521,14 +521,12 @@ _GRACE = 0.02
 
 def query(book: Book, tracked: TrackedPolicy) -> Run[Policy | None]:
     """The policy as the kernel shows it, None when it has it no more."""
-    from .work import _get, is_entry
-
     for _ in range(2):
         if tracked.installed.state is State.UNKNOWN or not tracked.installed.policy_id:
             unread = yield from read(book, [tracked])
             if tracked in unread:
                 raise unread[tracked]
-        (found,) = (yield from _get(book, [tracked.installed.policy_id])) if tracked.installed.policy_id else (None,)
+        (found,) = (yield from get(book, [tracked.installed.policy_id])) if tracked.installed.policy_id else (None,)
         if isinstance(found, Policy) and is_entry(tracked, found):
             return found
         if isinstance(found, PFKeyError):

@@ -13,11 +13,11 @@ from weakref import WeakSet
 from .book import Book, Ownership
 from .constants import MessageType
 from .errors import KernelError, PFKeyError
-from .guards import Kind, read_tag, real_selector, tag_lifetime
+from .guards import Kind, Tag, read_tag, real_selector, tag_lifetime
 from .messages import Policy
 from .tracker import Installed, State
-from .typed import policy_message
-from .work import Ask, Dump, Steps, uncertain
+from .typed import PolicyRow, policy_message
+from .work import Ask, Dump, Rows, Steps, uncertain
 
 __all__ = ["AT_WORK", "recover"]
 
@@ -27,6 +27,8 @@ AT_WORK: WeakSet[Book] = WeakSet()
 """The books of this process over which something is being carried out: their guards are not left behind."""
 
 _Key = tuple[int, tuple[int, ...]]
+_WITHOUT_SCOPES = 8
+"""How long the identity of a selector without scopes is."""
 
 
 def recover(book: Book) -> Steps:
@@ -41,29 +43,26 @@ def recover(book: Book) -> Steps:
     note_former(book, rows)
 
 
-def note_former(book: Book, rows: Sequence[Policy]) -> None:
+def note_former(book: Book, rows: Rows) -> None:
     """What stands in the kernel already and makes a difference: what carries our name, and what may be adopted."""
     adopting = book.settings.ownership is not Ownership.REFUSE
     if not (adopting or book.settings.named):
         return
-    for row in sorted(rows, key=lambda row: row.id):
+    for row in sorted(rows.numbers, key=lambda row: row.id):
         tag = read_tag(row.lifetime_hard, book.abi)
         mine = tag is not None and tag.owner == book.settings.owner
-        if (tag is not None and tag.kind is not Kind.POLICY) or not (mine or adopting):
+        if not _is_real(row, tag) or not (mine or adopting):
             continue
-        if (row.selector.source, row.selector.destination) != (
-            (canonical := row.selector.canonical()).source,
-            canonical.destination,
-        ):
-            continue
-        image = book.image(row)
         state = State.OURS if mine else State.FOREIGN
-        book.former[int(row.direction), row.selector.identity] = Installed(state, image, row.id, was_ours=mine)
+        book.former[row.direction, row.identity] = Installed(state, book.row_image(row), row.id, was_ours=mine)
 
 
-def see_to_guards(book: Book, rows: Sequence[Policy]) -> Steps:
+def see_to_guards(book: Book, rows: Rows) -> Steps:
     """Promote those whose policy is missing, then delete them; a discard guard without its policy stays."""
-    entries = {(int(row.direction), row.selector.identity) for row in rows if _is_real(book, row)}
+    tags = [read_tag(row.lifetime_hard, book.abi) for row in rows.numbers]
+    if all(tag is None or tag.kind is Kind.POLICY for tag in tags):
+        return
+    entries = {(row.direction, row.identity) for row, tag in zip(rows.numbers, tags, strict=True) if _is_real(row, tag)}
     alive = {
         (int(guard.direction), guard.selector)
         for other in AT_WORK
@@ -73,9 +72,11 @@ def see_to_guards(book: Book, rows: Sequence[Policy]) -> Steps:
     }
     known = {(int(guard.direction), guard.selector) for tracked in book for guard in tracked.leftover}
     guards: list[tuple[Policy, Policy | None]] = []
-    for row in rows:
-        tag = read_tag(row.lifetime_hard, book.abi)
-        if tag is None or tag.kind is Kind.POLICY or (int(row.direction), row.selector) in alive | known:
+    for number, tag in enumerate(tags):
+        if tag is None or tag.kind is Kind.POLICY:
+            continue
+        row = rows.policies[number]
+        if (int(row.direction), row.selector) in alive | known:
             continue
         selector = real_selector(row.selector, tag.kind)
         key = (int(row.direction), selector.identity)
@@ -121,9 +122,6 @@ def _delete(book: Book, guards: Sequence[Policy]) -> Steps:
             book.recovered = False
 
 
-def _is_real(book: Book, row: Policy) -> bool:
-    tag = read_tag(row.lifetime_hard, book.abi)
-    if tag is not None and tag.kind is not Kind.POLICY:
-        return False
-    canonical = row.selector.canonical()
-    return (row.selector.source, row.selector.destination) == (canonical.source, canonical.destination)
+def _is_real(row: PolicyRow, tag: Tag | None) -> bool:
+    """No guard, and of a selector that a tracker would use; one with scopes shows no host bits here."""
+    return (tag is None or tag.kind is Kind.POLICY) and (row.is_plain or len(row.identity) > _WITHOUT_SCOPES)

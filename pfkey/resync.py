@@ -14,7 +14,8 @@ from .messages import Policy, Selector
 from .recovery import see_to_guards
 from .settle import settle
 from .tracker import Installed, State, TrackedPolicy, image_text
-from .work import ENTER, Change, Dump, Run, Steps, Work, is_entry, read
+from .typed import PolicyRow
+from .work import ENTER, Change, Dump, Rows, Run, Steps, Work, is_entry, read
 
 __all__ = ["Difference", "compare", "resync", "sweep"]
 
@@ -81,16 +82,17 @@ def _text(installed: Installed) -> str:
     return ("somebody else's " if installed.state is State.FOREIGN else "") + image_text(installed.image)
 
 
-def compare(book: Book, everything: Sequence[TrackedPolicy], rows: Sequence[Policy]) -> Run[set[TrackedPolicy]]:
+def compare(book: Book, everything: Sequence[TrackedPolicy], rows: Rows) -> Run[set[TrackedPolicy]]:
     """Note what the rows of a dump say of each policy; which of them are not what was believed."""
-    entries: dict[int, Policy] = {}
-    others: dict[tuple[int, tuple[int, ...]], Policy] = {}
-    for row in rows:
-        tracked = book.ids.get(row.id)
-        if tracked is not None and is_entry(tracked, row):
+    entries: dict[int, PolicyRow] = {}
+    others: set[tuple[int, tuple[int, ...]]] = set()
+    ids = book.ids
+    for row in rows.numbers:
+        tracked = ids.get(row.id)
+        if tracked is not None and tracked.direction == row.direction and tracked.selector.identity == row.identity:
             entries[row.id] = row
         else:
-            others[int(row.direction), row.selector.identity] = row
+            others.add((row.direction, row.identity))
     differing: set[TrackedPolicy] = set()
     doubtful: list[TrackedPolicy] = []
     for tracked in everything:
@@ -100,7 +102,7 @@ def compare(book: Book, everything: Sequence[TrackedPolicy], rows: Sequence[Poli
         if (
             entry is not None
             and installed.state is State.OURS
-            and book.image(entry, installed.image) is installed.image
+            and book.row_image(entry, installed.image) is installed.image
         ):
             continue
         if entry is None and key not in others and installed.state is State.ABSENT:
@@ -128,21 +130,26 @@ def sweep(book: Book, seize: Callable[[TrackedPolicy], None]) -> Steps:
     yield from see_to_guards(book, rows)
     book.recovered = True
     wanted: dict[TrackedPolicy, Policy] = {}
-    for row in sorted(rows, key=lambda row: row.id):
+    for number in sorted(range(len(rows.numbers)), key=lambda number: rows.numbers[number].id):
+        row = rows.numbers[number]
         tag = read_tag(row.lifetime_hard, book.abi)
         if tag is None or tag.owner != book.settings.owner or tag.kind is not Kind.POLICY:
             continue
-        if int(row.direction) not in book.tables:
+        table = book.tables.get(row.direction)
+        if table is None or (
+            (known := table.get(row.identity)) is not None
+            and known.installed.state is State.OURS
+            and known.installed.policy_id == row.id
+        ):
             continue
-        tracked = book.get(row.direction, row.selector)
-        if tracked is None:
-            tracked = book.open(Direction(row.direction), row.selector)
-        if is_entry(tracked, row):
-            wanted[tracked] = row
-    for tracked, row in wanted.items():
+        policy = rows.policies[number]
+        tracked = known if known is not None else book.open(Direction(row.direction), policy.selector)
+        if is_entry(tracked, policy):
+            wanted[tracked] = policy
+    for tracked, policy in wanted.items():
         seize(tracked)
         if tracked.installed.state in (State.ABSENT, State.UNKNOWN):
-            book.read(tracked, row)
+            book.read(tracked, policy)
     for key, guards in list(book.orphans.items()):
         mine = [guard for guard in guards if book.is_mine(guard)]
         if mine:

@@ -11,13 +11,16 @@ from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, TypeVar
 
+from . import tables
+from ._values import packed_request
+from .abi import Abi
 from .book import Book
 from .codec import Message
 from .constants import Action, ExtensionType, MessageType
 from .errors import KernelError, NotSupported, PFKeyError
 from .messages import Policy, PolicyExtension
 from .tracker import ABSENT, Image, Installed, State, Step, TrackedPolicy, Undo, image_text, templates_of
-from .typed import policy_from, policy_message
+from .typed import PolicyRow, policy_from, policy_message, policy_rows
 
 __all__ = [
     "ENTER",
@@ -27,10 +30,13 @@ __all__ = [
     "Change",
     "Dump",
     "Need",
+    "Rows",
+    "Run",
     "Steps",
     "StoredOtherwise",
     "Work",
     "drop_leftovers",
+    "get",
     "is_entry",
     "policy_of",
     "read",
@@ -55,7 +61,35 @@ class Ask(NamedTuple):
 
 
 class Dump(NamedTuple):
-    """All policies of the main table, as a sequence of Policy; may raise a PFKeyError."""
+    """All policies of the main table, as Rows; may raise a PFKeyError."""
+
+
+class Rows(NamedTuple):
+    """A dump: what each policy is in numbers, and in the same order the policies, made when they are asked for."""
+
+    numbers: list[PolicyRow]
+    policies: Sequence[Policy]
+
+    @classmethod
+    def of(cls, dump: Sequence[Policy], abi: Abi) -> Rows:
+        """What `dump_policies()` gave, or any other sequence of policies."""
+        if isinstance(dump, tables.Dump):
+            return cls(list(policy_rows(dump.messages)), dump)
+        return cls([_row(policy, abi) for policy in dump], dump)
+
+
+def _row(policy: Policy, abi: Abi) -> PolicyRow:
+    return PolicyRow(
+        policy.direction,
+        policy.selector.identity,
+        policy.selector.is_plain,
+        policy.id,
+        policy.action,
+        policy.priority,
+        b"".join(packed_request(template, abi) for template in policy.templates),
+        policy.lifetime_hard,
+        policy.scope,
+    )
 
 
 class Need(NamedTuple):
@@ -304,11 +338,12 @@ def policy_of(tracked: TrackedPolicy, image: Image | None, policy_id: int = 0) -
 
 def is_entry(tracked: TrackedPolicy, policy: Policy) -> bool:
     """Whether a kernel's entry is this very policy: kernels count other host bits as another selector."""
-    selector = policy.selector
+    selector, own = policy.selector, tracked.selector
     return (
         policy.direction == tracked.direction
-        and selector.identity == tracked.selector.identity
-        and (selector.source, selector.destination) == (tracked.selector.source, tracked.selector.destination)
+        and selector.identity == own.identity
+        and selector.packed == own.packed
+        and selector.scopes == own.scopes
     )
 
 
@@ -317,7 +352,7 @@ def read(book: Book, doubtful: Sequence[TrackedPolicy]) -> Run[dict[TrackedPolic
     unread: dict[TrackedPolicy, BaseException] = {}
     missing: list[TrackedPolicy] = []
     asked = [tracked for tracked in doubtful if tracked.installed.policy_id]
-    found = yield from _get(book, [tracked.installed.policy_id for tracked in asked])
+    found = yield from get(book, [tracked.installed.policy_id for tracked in asked])
     for tracked, policy in zip(asked, found, strict=True):
         if isinstance(policy, Policy) and is_entry(tracked, policy):
             book.read(tracked, policy)
@@ -345,15 +380,16 @@ def read(book: Book, doubtful: Sequence[TrackedPolicy]) -> Run[dict[TrackedPolic
     return unread
 
 
-def _match(book: Book, missing: list[TrackedPolicy], rows: Sequence[Policy]) -> Run[list[TrackedPolicy]]:
+def _match(book: Book, missing: list[TrackedPolicy], rows: Rows) -> Run[list[TrackedPolicy]]:
     """Find them among the rows of a dump, the newest first; entries that SPDGET does not know (marks) are not them."""
     wanted = {(int(one.direction), one.selector.identity): one for one in missing}
     candidates: list[tuple[TrackedPolicy, int]] = []
-    for row in sorted(rows, key=lambda row: row.id, reverse=True):
-        tracked = wanted.get((int(row.direction), row.selector.identity))
-        if tracked is not None and is_entry(tracked, row):
+    for row in rows.numbers:
+        tracked = wanted.get((row.direction, row.identity))
+        if tracked is not None:
             candidates.append((tracked, row.id))
-    found = yield from _get(book, [policy_id for _, policy_id in candidates])
+    candidates.sort(key=lambda candidate: candidate[1], reverse=True)
+    found = yield from get(book, [policy_id for _, policy_id in candidates])
     done: set[TrackedPolicy] = set()
     for (tracked, _), policy in zip(candidates, found, strict=True):
         if isinstance(policy, Policy) and tracked not in done and is_entry(tracked, policy):
@@ -364,7 +400,7 @@ def _match(book: Book, missing: list[TrackedPolicy], rows: Sequence[Policy]) -> 
     return [tracked for tracked in missing if tracked not in done]
 
 
-def _get(book: Book, ids: Sequence[int]) -> Run[list[Policy | PFKeyError | None]]:
+def get(book: Book, ids: Sequence[int]) -> Run[list[Policy | PFKeyError | None]]:
     """The policies with these ids; None for one that the kernel does not know."""
     if not ids:
         return []
