@@ -7,7 +7,7 @@ Measured on FreeBSD 12.1 and 11 and on Linux 6.18: no packet in clear in 10,000 
 
 from __future__ import annotations
 
-import hashlib
+import zlib
 from collections.abc import Iterator
 from enum import Enum, IntEnum
 from ipaddress import ip_address, ip_interface
@@ -74,8 +74,8 @@ _OWNERS = 0x0FFFFFFF
 
 
 def owner_number(name: str) -> int:
-    """A name as tags carry it: 28 bits of its SHA-256, never 0."""
-    return (int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") & _OWNERS) or 1
+    """A name as tags carry it: 28 bits of its CRC-32, never 0."""
+    return (zlib.crc32(name.encode()) & _OWNERS) or 1
 
 
 def tag_lifetime(owner: int, kind: Kind, abi: Abi) -> Lifetime:

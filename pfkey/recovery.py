@@ -10,16 +10,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from weakref import WeakSet
 
+from .abi import Abi
 from .book import Book, Ownership
 from .constants import MessageType
 from .errors import KernelError, PFKeyError
 from .guards import Kind, Tag, read_tag, real_selector, tag_lifetime
-from .messages import Policy
+from .messages import Policy, Selector
 from .tracker import Installed, State
 from .typed import PolicyRow, policy_message
 from .work import Ask, Dump, Rows, Steps, uncertain
 
-__all__ = ["AT_WORK", "recover"]
+__all__ = ["AT_WORK", "real_of", "recover", "see_to_guards"]
 
 log = logging.getLogger("pfkey.keeper")
 
@@ -107,6 +108,12 @@ def see_to_guards(book: Book, rows: Rows) -> Steps:
         else:
             going.append(guard)
     yield from _delete(book, going)
+
+
+def real_of(guard: Policy, abi: Abi) -> Selector:
+    """The selector that a tagged guard stands in for."""
+    tag = read_tag(guard.lifetime_hard, abi)
+    return real_selector(guard.selector, tag.kind if tag is not None else Kind.ALIAS)
 
 
 def _delete(book: Book, guards: Sequence[Policy]) -> Steps:

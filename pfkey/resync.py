@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .book import Book
@@ -11,11 +11,11 @@ from .constants import Direction
 from .errors import PFKeyError
 from .guards import Kind, read_tag
 from .messages import Policy, Selector
-from .recovery import see_to_guards
+from .recovery import real_of, see_to_guards
 from .settle import settle
 from .tracker import Installed, State, TrackedPolicy, image_text
 from .typed import PolicyRow
-from .work import ENTER, Change, Dump, Rows, Run, Steps, Work, is_entry, read
+from .work import ENTER, Change, Dump, Rows, Run, Work, is_entry, read
 
 __all__ = ["Difference", "compare", "resync", "sweep"]
 
@@ -120,10 +120,10 @@ def compare(book: Book, everything: Sequence[TrackedPolicy], rows: Rows) -> Run[
     return differing
 
 
-def sweep(book: Book, seize: Callable[[TrackedPolicy], None]) -> Steps:
+def sweep(book: Book) -> Run[list[TrackedPolicy]]:
     """Take in what carries this tracker's tag and is not tracked: nobody wants it, so the table deletes it.
 
-    `seize` is called with each policy that is taken in.
+    The policies that were taken in are returned.
     """
     yield ENTER
     rows = yield Dump()
@@ -147,11 +147,10 @@ def sweep(book: Book, seize: Callable[[TrackedPolicy], None]) -> Steps:
         if is_entry(tracked, policy):
             wanted[tracked] = policy
     for tracked, policy in wanted.items():
-        seize(tracked)
         if tracked.installed.state in (State.ABSENT, State.UNKNOWN):
             book.read(tracked, policy)
+    taken = list(wanted)
     for key, guards in list(book.orphans.items()):
-        mine = [guard for guard in guards if book.is_mine(guard)]
-        if mine:
-            tracked = book.open(Direction(key[0]), mine[0].selector)
-            seize(tracked)
+        if any(book.is_mine(guard) for guard in guards):
+            taken.append(book.open(Direction(key[0]), real_of(guards[0], book.abi)))
+    return taken

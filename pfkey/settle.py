@@ -67,6 +67,8 @@ def settle(book: Book, works: Sequence[Work]) -> Steps:
             if not work.sent:
                 work.fail(error)
                 work.take_back()
+    except GeneratorExit:
+        raise
     except BaseException:
         guarded = [Work(work.tracked) for work in works if work.tracked.leftover]
         if guarded:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from .abi import Abi
 from .assignment import Assignment
@@ -93,8 +92,7 @@ class Transaction:
     `changes` says afterwards what was done for each policy, `sent` which messages that took, guards included.
     """
 
-    def __init__(self, tracker: Any, *, sweep: bool) -> None:
-        self._tracker = tracker
+    def __init__(self, *, sweep: bool) -> None:
         self.sweep = sweep
         self._touched: dict[TrackedPolicy, tuple[Assignment | None, bool, list[Undo]]] = {}
         self._changes: list[tuple[TrackedPolicy, Change]] = []
@@ -134,6 +132,9 @@ class Transaction:
 
     def __iter__(self) -> Iterator[TrackedPolicy]:
         return iter(self._touched)
+
+    def __contains__(self, tracked: object) -> bool:
+        return tracked in self._touched
 
     def roll_back(self) -> None:
         """Restore every list."""

@@ -25,6 +25,7 @@ from .typed import PolicyRow, policy_from, policy_message, policy_rows
 __all__ = [
     "ENTER",
     "GRACE",
+    "IDLE",
     "MESSAGES",
     "Ask",
     "Change",
@@ -93,7 +94,7 @@ def _row(policy: Policy, abi: Abi) -> PolicyRow:
 
 
 class Need(NamedTuple):
-    """One of the two below."""
+    """One of those below."""
 
     name: str
 
@@ -102,6 +103,8 @@ ENTER: Final = Need("enter")
 """Be the only writer of this kernel's SPD from now on, until the run is over; may raise a PFKeyError."""
 GRACE: Final = Need("grace")
 """Go on when every packet that looks at the SPD now is through."""
+IDLE: Final = Need("idle")
+"""Go on when somebody has let go of a policy."""
 
 Effect = Ask | Dump | Need
 Run = Generator[Effect, Any, T]
@@ -194,6 +197,8 @@ class Work:
         if self.guards and self.why:
             notes.append(f"guarded: {self.why}")
         notes += self.notes
+        if tracked.troubles is not None and tracked.troubles.contested:
+            notes.append("contested: somebody else keeps changing it")
         if notes:
             reason += f" ({'; '.join(notes)})"
         avoided = () if self.sent else self.avoided

@@ -1,0 +1,235 @@
+"""Follows what others do to tracked policies, and puts it right: which policy an event is about, and what it takes.
+
+The event says that something changed, the kernel what it is now: it is read before anything is done, so that an event
+which is older than our own last change does no harm.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from .book import Book
+from .codec import Message
+from .constants import MessageType
+from .errors import ChannelClosed, NotSupported, PFKeyError
+from .resync import Difference
+from .settle import settle
+from .tracker import Installed, State, TrackedPolicy, Troubles, image_text
+from .typed import policy_from
+from .work import Run, Work, get, is_entry, read
+
+__all__ = ["CONTESTED_CHANGES", "CONTESTED_SECONDS", "Healing", "Watch", "concerned", "heal"]
+
+log = logging.getLogger("pfkey.keeper")
+
+CONTESTED_CHANGES, CONTESTED_SECONDS = 3, 10.0
+"""So many foreign changes of one policy in so many seconds, and the tracker stops: two must not fight for ever."""
+
+_GONE = (MessageType.SPDDELETE, MessageType.SPDDELETE2, MessageType.SPDEXPIRE)
+_EVERYTHING = (MessageType.SPDFLUSH,)
+
+
+@dataclass(frozen=True, slots=True)
+class Healing:
+    """What was done about a foreign change of a policy."""
+
+    policy: str
+    event: str
+    found: str
+    sent: tuple[MessageType, ...]
+    contested: bool = False
+    error: PFKeyError | None = None
+
+
+def concerned(book: Book, message: Message) -> TrackedPolicy | None:
+    """The tracked policy that an event is about."""
+    extension = message.policy
+    if extension is None:
+        return None
+    known = book.ids.get(extension.id) if extension.id else None
+    try:
+        policy = policy_from(message)
+    except PFKeyError:
+        return known  # FreeBSD says nothing but the id when it deletes by id
+    tracked = book.get(policy.direction, policy.selector)
+    return tracked if tracked is not None and is_entry(tracked, policy) else None
+
+
+def concerns_all(message: Message) -> bool:
+    """Whether nothing is where it was."""
+    return message.type in _EVERYTHING
+
+
+def heal(book: Book, tracked: TrackedPolicy, message: Message, now: float) -> Run[Healing | None]:
+    """Find out what an event did to a policy and put it right; None when it is what it was."""
+    before = tracked.installed
+    unread = yield from _look(book, tracked, message)
+    after = tracked.installed
+    if unread is None and after.image == before.image and after.state is before.state:
+        return None
+    event = f"{_name(message)} by process {message.pid}" if message.pid else f"{_name(message)} by the kernel"
+    found = "something that could not be read" if unread else image_text(after.image)
+    if not len(tracked) and after.state in (State.ABSENT, State.FOREIGN):
+        return Healing(str(tracked), event, found, ())
+    troubles = tracked.troubles
+    if troubles is None:
+        troubles = tracked.troubles = Troubles()
+    troubles.strikes = [when for when in troubles.strikes if now - when < CONTESTED_SECONDS]
+    troubles.strikes.append(now)
+    if troubles.contested or len(troubles.strikes) >= CONTESTED_CHANGES:
+        if not troubles.contested:
+            troubles.contested = True
+            log.error(
+                "%s is contested: %d foreign changes in %g seconds, the last one %s, which left %s; it is left as it is"
+                " until a call for it, or resync()",
+                tracked, len(troubles.strikes), CONTESTED_SECONDS, event, found,
+            )  # fmt: skip
+        return Healing(str(tracked), event, found, (), contested=True)
+    work = Work(tracked)
+    yield from settle(book, (work,))
+    log.warning("%s: %s left %s; sent %s", tracked, event, found, work.change)
+    change = work.change
+    return Healing(str(tracked), event, found, (*change.guard, *change.sent), error=work.error)
+
+
+def _look(book: Book, tracked: TrackedPolicy, message: Message) -> Run[BaseException | None]:
+    """Read the policy; an SPDGET that agrees with an event of deletion is enough."""
+    installed = tracked.installed
+    extension = message.policy
+    number = installed.policy_id
+    if extension is not None and extension.id and message.type not in _GONE:
+        number = extension.id
+    if number:
+        (found,) = yield from get(book, [number])
+        if not isinstance(found, PFKeyError) and found is not None and is_entry(tracked, found):
+            if message.type is MessageType.SPDADD and found.id != installed.policy_id:
+                book.note(tracked, Installed(State.UNKNOWN, None, found.id))  # ours had gone, this one is theirs
+            book.read(tracked, found)
+            return None
+        if found is None and message.type in _GONE and number == installed.policy_id:
+            book.read(tracked, None)
+            return None
+    book.note(tracked, installed.doubted(tried=installed.tried))
+    unread = yield from read(book, [tracked])
+    return unread.get(tracked)
+
+
+def _name(message: Message) -> str:
+    return message.type.name if isinstance(message.type, MessageType) else str(message.type)
+
+
+@dataclass(slots=True)
+class Watch:
+    """A thread that follows the kernel's broadcasts for a tracker; made by `PolicyTracker.watch`.
+
+    `healings` are the last foreign changes and what was done about them, `differences` what the last resyncs found;
+    `resyncs` counts those, `error` says why the thread has ended by itself.
+    """
+
+    interval: float
+    healings: list[Healing] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
+    resyncs: int = 0
+    error: BaseException | None = None
+    _stopped: threading.Event = field(default_factory=threading.Event, repr=False)
+    _events: Any = field(default=None, repr=False)
+    _thread: threading.Thread | None = field(default=None, repr=False)
+
+    def stop(self) -> None:
+        """End it; returns when it has ended."""
+        self._stopped.set()
+        if self._events is not None:
+            self._events.stop()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    @property
+    def running(self) -> bool:
+        """Whether it still follows."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def note(self, healing: Healing | None) -> None:
+        """Keep what was done, as long as there is not too much of it."""
+        if healing is not None:
+            self.healings.append(healing)
+            del self.healings[:-_KEPT]
+
+    def note_resync(self, differences: tuple[Difference, ...]) -> None:
+        """The same for a resync."""
+        self.resyncs += 1
+        self.differences += differences
+        del self.differences[:-_KEPT]
+
+
+_KEPT = 1000
+
+
+def start(watch: Watch, kernel: Any, heal_one: Callable[[Message], None], resync: Callable[[], None]) -> None:
+    """Begin to listen, then start the thread: what happens from now on is not missed."""
+    if not hasattr(kernel, "spd_events"):
+        raise NotSupported(f"{kernel!r} gives no events to watch")
+    watch._events = kernel.spd_events(timeout=watch.interval)
+    watch._thread = threading.Thread(target=_follow, args=(watch, heal_one, resync), name="pfkey-watch", daemon=True)
+    watch._thread.start()
+
+
+def _follow(watch: Watch, heal_one: Callable[[Message], None], resync: Callable[[], None]) -> None:
+    events = watch._events
+    try:
+        with _reported(watch):
+            due = time.monotonic() + watch.interval
+            lost = events.lost
+            while not watch._stopped.is_set():
+                events.timeout = max(0.0, due - time.monotonic())
+                everything = False
+                for message, own in events:
+                    if watch._stopped.is_set():
+                        return
+                    if not own:
+                        everything |= concerns_all(message)
+                        if not everything:
+                            heal_one(message)
+                    if everything or events.lost != lost or time.monotonic() >= due:
+                        break
+                if watch._stopped.is_set():
+                    return
+                if events.lost != lost:
+                    log.warning("events about policies were lost; all policies are compared")
+                    lost = events.lost
+                with _told("all policies could not be compared"):
+                    resync()
+                due = time.monotonic() + watch.interval
+    finally:
+        events.stop()
+
+
+@contextmanager
+def _reported(watch: Watch) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        watch.error = error
+        log.exception("the watch over the policies has ended")
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """An error of one round does not end the watch, unless the connection is gone."""
+    try:
+        yield
+    except ChannelClosed:
+        raise
+    except PFKeyError as error:
+        log.warning("%s: %s", what, error)
