@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .abi import Abi
+    from .aio_tracker import AsyncPolicyTracker
     from .assignment import Assignment
     from .channel import Channel
     from .codec import Message, decode, encode
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         NotTracked,
         PFKeyError,
         ReplyTimeout,
+        SPDLocked,
         TransactionError,
     )
     from .keeper import Change, PolicyTracker
@@ -38,6 +40,7 @@ __all__ = [
     "Abi",
     "Action",
     "Assignment",
+    "AsyncPolicyTracker",
     "Change",
     "Channel",
     "ChannelClosed",
@@ -63,6 +66,7 @@ __all__ = [
     "Rank",
     "ReplyTimeout",
     "SAProtocol",
+    "SPDLocked",
     "SecurityAssociation",
     "Selector",
     "Template",
@@ -92,12 +96,14 @@ _MODULES = {
         "NotTracked",
         "PFKeyError",
         "ReplyTimeout",
+        "SPDLocked",
         "TransactionError",
     ),
     "keeper": ("Change", "PolicyTracker"),
     "kernel": ("Kernel", "connect"),
     "messages": ("Lifetime", "Policy", "SecurityAssociation", "Selector", "Template"),
     "tables": ("decode_many",),
+    "aio_tracker": ("AsyncPolicyTracker",),
     "assignment": ("Assignment",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

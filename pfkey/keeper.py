@@ -220,8 +220,9 @@ class PolicyTracker:
 
         Raises TransactionError naming the policies that could not be deleted; they stay tracked.
         """
+        self._tracking.must_be_free(threading.get_ident(), "flush()")
         with self._in_order:
-            return self._run(self._tracking.flush(threading.get_ident()))
+            return self._run(self._tracking.flush())
 
     # Knowing.
 
@@ -231,8 +232,9 @@ class PolicyTracker:
         Returns the differences, what was done about each included.  Guards that a dead process left are seen to as
         well.  Raises PFKeyError when the policies cannot be read; what cannot be put right is told in its difference.
         """
+        self._tracking.must_be_free(threading.get_ident(), "resync()")
         with self._in_order:
-            return self._run(self._tracking.resync(threading.get_ident()))
+            return self._run(self._tracking.resync())
 
     def watch(self, interval: float = 60.0) -> Watch:
         """Follow the kernel's broadcasts in a thread, and put right what others change, within one event.

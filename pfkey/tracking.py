@@ -169,9 +169,8 @@ class Tracking:
         finally:
             self._end(transaction)
 
-    def flush(self, me: object) -> Run[tuple[Change, ...]]:
+    def flush(self) -> Run[tuple[Change, ...]]:
         """Delete whatever is tracked."""
-        self._must_be_free(me, "flush()")
         mine = Transaction(sweep=False)
         works: list[Work] = []
         try:
@@ -186,9 +185,8 @@ class Tracking:
         finally:
             self._end(mine)
 
-    def resync(self, me: object) -> Run[tuple[Difference, ...]]:
+    def resync(self) -> Run[tuple[Difference, ...]]:
         """Compare all with the kernel and put right what differs."""
-        self._must_be_free(me, "resync()")
         mine = Transaction(sweep=False)
         try:
             yield from self._seize_all(mine)
@@ -285,7 +283,8 @@ class Tracking:
         transaction.over = True
         self.released = True
 
-    def _must_be_free(self, me: object, what: str) -> None:
+    def must_be_free(self, me: object, what: str) -> None:
+        """Raise when `me` is in a transaction, whose end a call of this kind would wait for."""
         if me in self.transactions:
             raise PFKeyError(f"{what} within a transaction would wait for its own end; call it before or after")
 
