@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from . import channel as channels
@@ -17,7 +18,7 @@ from .keeper import Change, PolicyTracker
 from .kernel import Kernel, connect
 from .messages import Policy, SecurityAssociation, Selector, Template
 from .show import policy_record
-from .target import embedded_kernel, native_channel
+from .target import embedded_kernel, native_channel, served_channel
 from .tracker import Assignment, TrackedPolicy
 from .typed import policy_from
 
@@ -130,7 +131,8 @@ class Stage:
         self.target = target
         self.tell = tell
         embedded = embedded_kernel(target)
-        self.tap = Wiretap(native_channel() if embedded is None else embedded.connect())
+        outside = native_channel if target == "native" else partial(served_channel, target)
+        self.tap = Wiretap(outside() if embedded is None else embedded.connect())
         self.kernel: Kernel = connect(self.tap)
         self.abi = self.kernel.abi
         self.selectors = {way: SITE if way is Direction.OUT else SITE.reversed() for way in self.abi.directions}

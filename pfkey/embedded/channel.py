@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from threading import Condition
 from typing import TYPE_CHECKING, Self
 
@@ -66,6 +66,8 @@ class EmbeddedChannel:
         self.promiscuous = False
         self.dropped = 0
         """Messages lost because the receive buffer was full."""
+        self.on_arrival: Callable[[], object] | None = None
+        """Called, under the kernel's lock, when a message is put into the receive buffer."""
         self.dump: Iterator[bytes] | None = None
         """A dump that waits for room (Linux); only the kernel's code touches it."""
 
@@ -167,6 +169,11 @@ class EmbeddedChannel:
         return self._size
 
     @property
+    def waiting(self) -> int:
+        """How many messages are in it."""
+        return len(self._queue)
+
+    @property
     def in_flight(self) -> int:
         """How many requests can be under way with room for all their answers."""
         return max(1, self._size // _ROOM_FOR_ANSWER)
@@ -196,6 +203,8 @@ class EmbeddedChannel:
         self._used += cost
         self._queue.append((message, cost))
         self._arrived.notify_all()
+        if self.on_arrival is not None:
+            self.on_arrival()
         return True
 
     def dump_may_go_on(self) -> bool:

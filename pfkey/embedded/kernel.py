@@ -292,6 +292,11 @@ class EmbeddedKernel:
             self._deadline = inf
             self.schedule(self.dialect.expire(self, now))
 
+    @property
+    def deadline(self) -> float:
+        """When something expires next, in seconds since the epoch; infinite when nothing does."""
+        return self._deadline
+
     def patience(self, left: float | None) -> float | None:
         """How long a reader may sleep before a timer could have something for it."""
         if self._deadline == inf:
