@@ -6,6 +6,7 @@ import errno
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from threading import Condition
 from typing import TYPE_CHECKING, Self
 
@@ -61,6 +62,7 @@ class EmbeddedChannel:
         self._used = 0
         self._mbufs = 0
         self._closed = False
+        self._room: int | None = None
         self.registered: set[int] = set()
         """The SA types it registered for."""
         self.promiscuous = False
@@ -180,15 +182,29 @@ class EmbeddedChannel:
 
     # For the kernel, under its lock.
 
+    @contextmanager
+    def only_room_for(self, count: int) -> Iterator[None]:
+        """For a while the receive buffer takes no more than `count` messages, however much it holds."""
+        self._room = count
+        try:
+            yield
+        finally:
+            self._room = None
+
     @property
     def has_room(self) -> bool:
         """Whether the receive buffer has any."""
-        return self._used < self._size
+        return self._used < self._size and self._room != 0
 
     def queue(self, message: bytes, *, beyond_limit: bool = False) -> bool:
         """Put a message into the receive buffer; False, and the message is lost, when it does not fit."""
         if self._closed:
             return False
+        if self._room == 0 and not beyond_limit:
+            self.dropped += 1
+            return False
+        if self._room:
+            self._room -= 1
         if self._linux:
             # Linux looks before it counts: the message that crosses the limit still gets in.
             cost, fits = _linux_cost(len(message)), self._used <= self._size
