@@ -267,8 +267,18 @@ class Stage:
         """Policies in the kernel that have the demo's own selectors: somebody else's, or left by a killed demo."""
         ours = {(way, selector.identity) for way, selector in self.selectors.items()}
         return [
-            policy for policy in self.kernel.dump_policies() if (policy.direction, policy.selector.identity) in ours
+            policy
+            for policy in self.kernel.dump_policies()
+            if (policy.direction, policy.selector.identity) in ours and self._stands(policy)
         ]
+
+    def _stands(self, policy: Policy) -> bool:
+        """Some kernels list a policy for seconds after it was deleted (FreeBSD 11), and find it by its id no more."""
+        try:
+            self.kernel.get_policy(policy.id)
+        except FileNotFoundError:
+            return False
+        return True
 
     def clean_up(self) -> None:
         """Take out whatever is still there; what will not go is named."""
