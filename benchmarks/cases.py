@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import embedded_rows
 import peer_struct
 
 import pfkey
@@ -260,6 +261,9 @@ CASES = (
     Case("encode by the schema (construct)", construct_encode, None, 1, 10, 300),
     Case("a rekeying among 1,000 policies", rekeying(1000), 12e-6),
     Case("a rekeying among 10,000 policies", rekeying(10_000), 12e-6),
+    Case("a policy into an embedded kernel, send_many()", embedded_rows.add, 40e-6, embedded_rows.ADDED, 1, 5),
+    Case("a dump of 10,000 out of it, nothing decoded", embedded_rows.dump, 5e-6, embedded_rows.DUMPED, 1, 10),
+    Case("the same through a socket, decoded", embedded_rows.dump_served, None, embedded_rows.DUMPED, 1, 10),
     Case("an empty interpreter", fresh("pass"), None, 1, 1, 40),
     Case("import pfkey", fresh("import pfkey"), 25e-3, 1, 1, 40, minus="an empty interpreter"),
     Case("import to first tracked policy", fresh(FIRST_POLICY), 80e-3, 1, 1, 40, minus="an empty interpreter"),

@@ -56,6 +56,16 @@ def _decode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--show-keys", action="store_true", help="show the keys of SAs")
 
 
+def _embedded_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--listen", required=True, metavar="PATH", help="the socket; others say --kernel unix:PATH")
+    parser.add_argument(
+        "--kernel-profile",
+        default="linux",
+        metavar="NAME",
+        help="linux, linux-6.12, linux-smp (several CPUs), freebsd-10 to freebsd-14, netbsd or macos (default: linux)",
+    )
+
+
 COMMANDS = (
     Command(
         "demo",
@@ -82,6 +92,17 @@ COMMANDS = (
         " the bytes leave no doubt.",
         _decode_arguments,
         "hexdump:run",
+        kernel=None,
+    ),
+    Command(
+        "embedded",
+        "serve an embedded kernel to other processes",
+        "A kernel that behaves like one of these systems, an SAD and an SPD in this process, served on a unix socket"
+        " to any number of others (pfkey dump --kernel unix:PATH, connect('unix:PATH')) until Ctrl-C.  It needs no"
+        " privileges and protects no packet.  Who connects may be killed at any moment: the kernel lives on, as a real"
+        " one would.  Only this user can connect.",
+        _embedded_arguments,
+        "embedded.server:run",
         kernel=None,
     ),
 )
@@ -135,7 +156,11 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="one JSON document on stdout")
     kernel = argparse.ArgumentParser(add_help=False)
-    kernel.add_argument("--kernel", metavar="TARGET", help="native, or embedded:PROFILE, a kernel in this process")
+    kernel.add_argument(
+        "--kernel",
+        metavar="TARGET",
+        help="native; embedded:PROFILE, a kernel in this process; or unix:PATH, one that pfkey embedded serves",
+    )
     parser = argparse.ArgumentParser(
         prog="pfkey",
         description="PF_KEYv2: see and keep the IPsec policies and SAs of a kernel.",

@@ -112,7 +112,7 @@ def summary(stage: Stage) -> Iterator[str]:
     directions = len(stage.abi.directions)
     yield f"Each further rekeying (--rekeyings N): 0, {directions} and {2 * directions} messages."
     if not stage.probed:
-        yield "No probe is possible here: a real kernel cannot be stopped between two steps of its own."
+        yield "No probe is possible here: only a kernel in this process can be stopped between two of its own steps."
     elif stage.abi.update_unlinks_first or stage.abi.sole_update_shows_none:
         yield _window_text(stage)
 

@@ -55,8 +55,9 @@ def connect(target: str | Channel = "native", *, events: Channel | None = None, 
     """Connect to a kernel.
 
     `target` is "native", this host's; "embedded:PROFILE", a new and empty kernel in this process (linux, linux-6.12,
-    linux-smp, freebsd-10 to freebsd-14, netbsd, macos); or a Channel.  `events` is a second channel to the same kernel,
-    which then has the events to itself.  `timeout` is how many seconds to wait for an answer.
+    linux-smp, freebsd-10 to freebsd-14, netbsd, macos); "unix:PATH", the kernel of `pfkey embedded --listen PATH`; or a
+    Channel.  `events` is a second channel to the same kernel, which then has the events to itself.  `timeout` is how
+    many seconds to wait for an answer.
 
     Raises NotSupported when there is no such kernel, KernelError (a PermissionError) when it is not for us.
     """
@@ -72,7 +73,11 @@ def _channel(target: str) -> Channel:
         # A floor above this one, and not needed by those who speak to a real kernel.
         channel: Channel = importlib.import_module("pfkey.embedded").EmbeddedKernel(profile).connect()
         return channel
-    raise NotSupported(f"no kernel {target!r}: say native, embedded:PROFILE, or pass a Channel")
+    if name == "unix" and profile:
+        # Others have no use for it, and need not wait for it at the import of this package.
+        served: Channel = importlib.import_module("pfkey.served").ServedChannel(profile)
+        return served
+    raise NotSupported(f"no kernel {target!r}: say native, embedded:PROFILE, unix:PATH, or pass a Channel")
 
 
 class Kernel:

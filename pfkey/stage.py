@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from . import channel as channels
@@ -18,7 +19,7 @@ from .keeper import Change, PolicyTracker
 from .kernel import Kernel, connect
 from .messages import Policy, SecurityAssociation, Selector, Template
 from .show import policy_record
-from .target import embedded_kernel, native_channel
+from .target import embedded_kernel, native_channel, served_channel
 from .tracker import TrackedPolicy
 from .typed import policy_from
 
@@ -131,7 +132,8 @@ class Stage:
         self.target = target
         self.tell = tell
         embedded = embedded_kernel(target)
-        self.tap = Wiretap(native_channel() if embedded is None else embedded.connect())
+        outside = native_channel if target == "native" else partial(served_channel, target)
+        self.tap = Wiretap(outside() if embedded is None else embedded.connect())
         self.kernel: Kernel = connect(self.tap)
         self.abi = self.kernel.abi
         self.selectors = {way: SITE if way is Direction.OUT else SITE.reversed() for way in self.abi.directions}
@@ -278,8 +280,18 @@ class Stage:
         """Policies in the kernel that have the demo's own selectors: somebody else's, or left by a killed demo."""
         ours = {(way, selector.identity) for way, selector in self.selectors.items()}
         return [
-            policy for policy in self.kernel.dump_policies() if (policy.direction, policy.selector.identity) in ours
+            policy
+            for policy in self.kernel.dump_policies()
+            if (policy.direction, policy.selector.identity) in ours and self._stands(policy)
         ]
+
+    def _stands(self, policy: Policy) -> bool:
+        """Some kernels list a policy for seconds after it was deleted (FreeBSD 11), and find it by its id no more."""
+        try:
+            self.kernel.get_policy(policy.id)
+        except FileNotFoundError:
+            return False
+        return True
 
     def clean_up(self) -> None:
         """Take out whatever is still there; what will not go is named."""

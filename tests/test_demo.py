@@ -14,6 +14,7 @@ import pytest
 
 from pfkey import Assignment, Direction, MessageType, Policy, PolicyTracker, Selector, cli, connect, stage
 from pfkey.embedded import EmbeddedKernel
+from pfkey.embedded.profiles import PROFILE_NAMES
 
 PROFILES = ("linux", "freebsd-12", "freebsd-13", "freebsd-14")
 ROOT = Path(cli.__file__).parent.parent
@@ -41,6 +42,13 @@ def document(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, A
     code, out, err = run(capsys, "--json", *arguments)
     assert (code, err) == (0, "")
     return json.loads(out)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("profile", PROFILE_NAMES)
+def test_it_can_be_played_on_every_kernel(profile: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where deleted policies stay in dumps for a while."""
+    code, out, _ = run(capsys, "--kernel", f"embedded:{profile}")
+    assert code == 0, out
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-
 import pytest
-from embedded_client import ALL, KAME, LINUX, OLDER, OUT, PACKET, SITE, TUNNEL, UNLINK_FIRST, Client, discard, esp
+from embedded_client import ALL, KAME, LINUX, OLDER, OUT, PACKET, SITE, UNLINK_FIRST, Client, discard, esp
 
 from pfkey import Action, Direction, MessageType, Mode, Policy, Selector, Template
 from pfkey.embedded import EmbeddedKernel, Probe
-from pfkey.typed import policy_message
 
 ADD, UPDATE, DELETE = MessageType.SPDADD, MessageType.SPDUPDATE, MessageType.SPDDELETE
 OTHER = Selector("10.3.0.0/16", "10.4.0.0/16")
@@ -216,88 +213,3 @@ def test_a_probe_wants_both_addresses(client: Client) -> None:
         client.kernel.probe(OUT, "10.1.0.1")
     with pytest.raises(ValueError, match="one address family"):
         client.kernel.probe(OUT, "10.1.0.1", "::1")
-
-
-# Faults.
-
-
-def test_a_fault_before_the_work(client: Client) -> None:
-    client.kernel.fail_next(ADD, errno.ENOMEM)
-    answer = client.apply(ADD, discard())
-    assert (client.error(answer), answer.seq) == ("ENOMEM", client.seq)
-    assert client.kernel.policies() == []
-    client.add(discard())
-
-
-def test_a_fault_of_the_send(client: Client) -> None:
-    client.kernel.fail_next(ADD, "EPERM", "send")
-    with pytest.raises(PermissionError):
-        client.apply(ADD, discard())
-    assert (client.received(), client.kernel.policies()) == ([], [])
-
-
-def test_no_buffers_after_the_work(client: Client) -> None:
-    """The policy is there, its reply is not, and others heard of it."""
-    other = client.kernel.connect()
-    client.kernel.fail_next(ADD, "ENOBUFS", "after")
-    with pytest.raises(OSError, match="ENOBUFS") as raised:
-        client.apply(ADD, discard())
-    assert raised.value.errno == errno.ENOBUFS
-    assert client.received() == []
-    assert client.actions() == [("10.1.0.0/16", Action.DISCARD)]
-    assert [message.type for message in client.received(other)] == [ADD]
-
-
-def test_a_lost_reply(client: Client) -> None:
-    client.kernel.fail_next(ADD, when="lost")
-    client.send(policy_message(ADD, discard(), client.abi))
-    assert client.received() == []
-    assert client.actions() == [("10.1.0.0/16", Action.DISCARD)]
-
-
-def test_a_late_reply(client: Client) -> None:
-    client.kernel.fail_next(ADD, when="late")
-    client.send(policy_message(ADD, discard(), client.abi))
-    client.add(discard(OTHER))
-    assert client.received() == []
-    assert client.kernel.release_replies() == 1
-    assert [str(message.source.address) for message in client.received() if message.source] == ["10.1.0.0"]
-    assert client.kernel.release_replies() == 0
-
-
-@only(*KAME)
-def test_a_fault_after_the_unlinking(client: Client) -> None:
-    client.kernel.fail_next(UPDATE, "ENOBUFS", "unlinked")
-    client.update(discard())  # nothing to unlink yet: the fault waits
-    with client.kernel.probe(OUT, *PACKET) as probe:
-        assert client.error(client.update(esp())) == "ENOBUFS"
-    assert client.kernel.policies() == []
-    assert probe.bare == len(gap(client) or ["unlinked"])
-    assert client.update(esp()).errno == 0
-
-
-@only(*LINUX)
-def test_linux_cannot_stop_after_an_unlinking(client: Client) -> None:
-    with pytest.raises(ValueError, match="never unlinks"):
-        client.kernel.fail_next(UPDATE, "ENOBUFS", "unlinked")
-
-
-def test_faults_queue_up_and_mind_the_type(client: Client) -> None:
-    client.kernel.fail_next(UPDATE, "EIO")
-    client.kernel.fail_next(None, "EPERM")
-    client.kernel.fail_next(ADD, "EACCES")
-    answers = [client.apply(kind, discard()) for kind in (ADD, ADD, ADD, UPDATE, UPDATE)]
-    assert [client.error(answer) for answer in answers] == ["EPERM", "EACCES", "", "EIO", ""]
-
-
-def test_an_error_the_kernel_lacks(client: Client) -> None:
-    with pytest.raises(ValueError, match="EWHATEVER"):
-        client.kernel.fail_next(ADD, "EWHATEVER")
-
-
-def test_the_template_survives_a_fault(client: Client) -> None:
-    """A refused update through a fault leaves the policy as it was, on every system: nothing was done."""
-    client.add(esp())
-    client.kernel.fail_next(UPDATE, "EINVAL")
-    client.update(discard())
-    assert client.kernel.policies(OUT)[0].templates == (TUNNEL,)

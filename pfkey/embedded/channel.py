@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from threading import Condition
 from typing import TYPE_CHECKING, Self
 
@@ -61,11 +62,14 @@ class EmbeddedChannel:
         self._used = 0
         self._mbufs = 0
         self._closed = False
+        self._room: int | None = None
         self.registered: set[int] = set()
         """The SA types it registered for."""
         self.promiscuous = False
         self.dropped = 0
         """Messages lost because the receive buffer was full."""
+        self.on_arrival: Callable[[], object] | None = None
+        """Called, under the kernel's lock, when a message is put into the receive buffer."""
         self.dump: Iterator[bytes] | None = None
         """A dump that waits for room (Linux); only the kernel's code touches it."""
 
@@ -167,21 +171,40 @@ class EmbeddedChannel:
         return self._size
 
     @property
+    def waiting(self) -> int:
+        """How many messages are in it."""
+        return len(self._queue)
+
+    @property
     def in_flight(self) -> int:
         """How many requests can be under way with room for all their answers."""
         return max(1, self._size // _ROOM_FOR_ANSWER)
 
     # For the kernel, under its lock.
 
+    @contextmanager
+    def only_room_for(self, count: int) -> Iterator[None]:
+        """For a while the receive buffer takes no more than `count` messages, however much it holds."""
+        self._room = count
+        try:
+            yield
+        finally:
+            self._room = None
+
     @property
     def has_room(self) -> bool:
         """Whether the receive buffer has any."""
-        return self._used < self._size
+        return self._used < self._size and self._room != 0
 
     def queue(self, message: bytes, *, beyond_limit: bool = False) -> bool:
         """Put a message into the receive buffer; False, and the message is lost, when it does not fit."""
         if self._closed:
             return False
+        if self._room == 0 and not beyond_limit:
+            self.dropped += 1
+            return False
+        if self._room:
+            self._room -= 1
         if self._linux:
             # Linux looks before it counts: the message that crosses the limit still gets in.
             cost, fits = _linux_cost(len(message)), self._used <= self._size
@@ -196,6 +219,8 @@ class EmbeddedChannel:
         self._used += cost
         self._queue.append((message, cost))
         self._arrived.notify_all()
+        if self.on_arrival is not None:
+            self.on_arrival()
         return True
 
     def dump_may_go_on(self) -> bool:

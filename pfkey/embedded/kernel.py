@@ -15,9 +15,9 @@ from ..constants import Direction, MessageType, PolicyScope
 from ..messages import AddressLike, Policy, SecurityAssociation, Selector
 from .channel import EmbeddedChannel, kernel_failure
 from .dialect import DialectModule, Receivers
-from .faults import Fault, When, error_name
+from .faults import Fault, When, due, fault
 from .probe import Probe
-from .profiles import Dialect, Profile, Update, profile
+from .profiles import Dialect, Profile, profile
 from .sad import AssociationDatabase
 from .spd import PolicyDatabase
 from .traffic import Passage, make_packet, send_packet
@@ -172,20 +172,38 @@ class EmbeddedKernel:
             self.run_timers()
 
     def fail_next(
-        self, type: MessageType | int | None, error: int | str = "ENOBUFS", when: str | When = When.BEFORE
+        self,
+        type: MessageType | int | None,
+        error: int | str | None = None,
+        when: str | When = When.BEFORE,
+        *,
+        skip: int = 0,
+        room: int = 0,
     ) -> None:
-        """Let the next message of `type` (None: of any) go wrong; several faults queue up.
+        """Let the next message of `type` (None: any) go wrong, or with `skip` the one after so many; faults queue up.
 
-        `error` is a name, or a number of this host's errno module.  `when`: "before" the work, in the reply; "send",
-        before the work, from send(); "unlinked", in the reply of an SPDUPDATE that has unlinked the old policy (raises
-        ValueError on a kernel that cannot stop there); "after" the work, from send(), the reply lost; "lost", the work
-        done and the reply lost without an error; "late", the reply kept until release_replies().
+        `error` is a name, or a number of this host's errno module (default: ENOBUFS).  `when`: "before" the work, in
+        the reply; "send", before the work, from send(); "unlinked", in the reply of an SPDUPDATE that has unlinked the
+        old policy; "after" the work, from send(), the reply lost (ENOBUFS).  Without an error: "ignored", nothing done
+        and no reply; "lost", the work done and the reply lost; "late", the reply kept until release_replies();
+        "overflow", the work done while the sender's receive buffer takes `room` more messages (what does not fit is
+        lost, and FreeBSD says ENOBUFS from send(), but for a dump).
+
+        Raises ValueError for what this kernel cannot do wrong.
         """
-        moment = When(when)
-        if moment is When.UNLINKED and self.profile.update is Update.REPLACE:
-            raise ValueError(f"{self.abi} never unlinks a policy before its successor stands")
+        ordered = fault(self.profile, type, error, when, skip=skip, room=room)
         with self.lock:
-            self._faults.append(Fault(type, error_name(error, self.abi), moment))
+            self._faults.append(ordered)
+
+    @property
+    def faults(self) -> int:
+        """How many faults are still to come."""
+        return len(self._faults)
+
+    def clear_faults(self) -> None:
+        """No more faults: those that have not come yet are called off.  Late replies stay kept."""
+        with self.lock:
+            self._faults.clear()
 
     def release_replies(self) -> int:
         """Deliver the replies that "late" faults kept; how many they were."""
@@ -230,10 +248,8 @@ class EmbeddedKernel:
 
     def stop_after_unlink(self) -> None:
         """Raise the error that a fault has ready for the moment after the unlinking."""
-        for fault in self._faults:
-            if fault.when is When.UNLINKED and fault.type in (None, MessageType.SPDUPDATE):
-                self._faults.remove(fault)
-                raise RefusedError(fault.error)
+        if self._faults and (found := due(self._faults, MessageType.SPDUPDATE, unlinked=True)) is not None:
+            raise RefusedError(found.error)
 
     def deliver(self, channel: EmbeddedChannel, message: bytes, *, beyond_limit: bool = False) -> bool:
         """Into a connection's receive buffer; False when it did not fit."""
@@ -270,27 +286,42 @@ class EmbeddedKernel:
     def submit(self, channel: EmbeddedChannel, data: bytes) -> None:
         """A message was sent: do what it says."""
         self.run_timers()
-        fault = self._due_fault(data)
-        if fault is None:
+        found = due(self._faults, data[1] if len(data) > 1 else None, unlinked=False) if self._faults else None
+        if found is None:
             self._dispatch(channel, data)
-        elif fault.when is When.SEND:
-            raise kernel_failure(fault.error, self.abi)
-        elif fault.when is When.BEFORE:
-            self.dialect.refuse(self, channel, data, fault.error)
         else:
-            self._muted, self._holds = channel, fault.when is When.LATE
+            self._go_wrong(found, channel, data)
+
+    def _go_wrong(self, found: Fault, channel: EmbeddedChannel, data: bytes) -> None:
+        if found.when is When.SEND:
+            raise kernel_failure(found.error, self.abi)
+        if found.when is When.BEFORE:
+            try:
+                self.dialect.refuse(self, channel, data, found.error)
+            except SendFailedError as failure:  # the refusal itself did not fit
+                raise kernel_failure(failure.name, self.abi) from None
+        elif found.when is When.OVERFLOW:
+            with channel.only_room_for(found.room):
+                self._dispatch(channel, data)
+        elif found.when is not When.IGNORED:
+            self._muted, self._holds = channel, found.when is When.LATE
             try:
                 self._dispatch(channel, data)
             finally:
                 self._muted = None
-            if fault.when is When.AFTER:
-                raise kernel_failure(fault.error, self.abi)
+            if found.when is When.AFTER:
+                raise kernel_failure(found.error, self.abi)
 
     def run_timers(self) -> None:
         """Expire what is due."""
         while (now := self.now()) >= self._deadline:
             self._deadline = inf
             self.schedule(self.dialect.expire(self, now))
+
+    @property
+    def deadline(self) -> float:
+        """When something expires next, in seconds since the epoch; infinite when nothing does."""
+        return self._deadline
 
     def patience(self, left: float | None) -> float | None:
         """How long a reader may sleep before a timer could have something for it."""
@@ -312,11 +343,3 @@ class EmbeddedKernel:
             self.dialect.receive(self, channel, data)
         except SendFailedError as failure:
             raise kernel_failure(failure.name, self.abi) from None
-
-    def _due_fault(self, data: bytes) -> Fault | None:
-        kind = data[1] if len(data) > 1 else None
-        for fault in self._faults:
-            if fault.when is not When.UNLINKED and fault.type in (None, kind):
-                self._faults.remove(fault)
-                return fault
-        return None

@@ -261,7 +261,8 @@ class Wire:
 
     def _plain(self, end: Endpoint) -> Endpoint:
         """The end without scope and flow information."""
-        return end._replace(scope=0, raw=self.sockaddr(end.version, end.address, end.port))
+        raw = self.sockaddr(end.version, end.address, end.port)
+        return end if raw == end.raw else end._replace(scope=0, raw=raw)
 
     def read_lifetime(self, extension: bytes) -> Limits:
         """The limits of a lifetime extension."""
