@@ -520,3 +520,27 @@ int pfk_decode_many(const struct pfk_abi *abi, const uint8_t *arena, const uint3
 	}
 	return 0;
 }
+
+int pfk_decode_marked(const struct pfk_abi *abi, const uint8_t *arena, size_t size, const uint8_t *mark, size_t count,
+		      uint32_t *lengths, struct pfk_record *records, struct pfk_fault *fault)
+{
+	const uint8_t *p = arena, *end = arena + size;
+
+	for (size_t i = 0; i < count; i++) {
+		size_t length;
+
+		if (i > 0) {
+			if ((size_t)(end - p) < PFK_MARK || memcmp(p, mark, PFK_MARK) != 0)
+				return -1;
+			p += PFK_MARK;
+		}
+		if ((size_t)(end - p) < PFK_HEADER)
+			return -1;
+		length = get16(abi, p + 4) * (size_t)PFK_WORD;
+		if (length > (size_t)(end - p) || pfk_decode(abi, p, length, &records[i], fault))
+			return -1;
+		lengths[i] = (uint32_t)length;
+		p += length;
+	}
+	return p == end ? 0 : -1;
+}

@@ -12,6 +12,7 @@
 
 #define PFK_MAX_EXTENSIONS 48
 #define PFK_EXTENSION_NUMBERS 64
+#define PFK_MARK 8
 
 /* What an extension carries.  An Abi says which extension number is which; slot 0 is everything kept as it is. */
 enum pfk_slot {
@@ -195,6 +196,16 @@ int pfk_decode(const struct pfk_abi *abi, const uint8_t *data, size_t length, st
  */
 int pfk_decode_many(const struct pfk_abi *abi, const uint8_t *arena, const uint32_t *lengths, size_t count,
 		    struct pfk_record *records, struct pfk_fault *fault);
+
+/**
+ * Decode `count` messages that lie in the `size` bytes of `arena` with a mark of PFK_MARK bytes between them, each as long as
+ * it states; their lengths go to `lengths`.
+ *
+ * Returns 0, or -1 when a message is none or a mark is not where a stated length ends: then pfk_decode_many(), with the
+ * true lengths, has the last word.
+ */
+int pfk_decode_marked(const struct pfk_abi *abi, const uint8_t *arena, size_t size, const uint8_t *mark, size_t count,
+		      uint32_t *lengths, struct pfk_record *records, struct pfk_fault *fault);
 
 /**
  * Write the message that a record describes.

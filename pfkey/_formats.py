@@ -340,7 +340,7 @@ class Request(Construct):  # type: ignore[misc]
 
 def _policy(prefix: str, abi: Abi) -> tuple[Any, ...]:
     n = numbers(abi)
-    scope = "scope" if abi.has_scope else "flags" if abi.name == "netbsd" else "reserved"
+    scope = "scope" if abi.has_scope else "flags" if abi.has_policy_flags else "reserved"
     return (
         _at_least(16),
         ("type", n.u16),

@@ -223,7 +223,7 @@ def policy_fields(record: bytes, data: bytes, abi: Abi) -> tuple[Any, Any, Any, 
         _DIRECTIONS.get(direction, direction),
         _SCOPES.get(scope, scope) if abi.has_scope else 0,
         number,
-        priority,
+        priority if abi.has_priority else 0,  # else a reserved word, which a kernel may leave dirty
         templates_of(data[offset : offset + length], abi),
     )
 

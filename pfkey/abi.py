@@ -67,6 +67,8 @@ class Abi:
     """sadb_x_policy ends in a priority (else a reserved word: FreeBSD up to 10, NetBSD, macOS)."""
     has_scope: bool = field(repr=False)
     """Byte 7 of sadb_x_policy tells the scope of the policy (FreeBSD 11.1 and later)."""
+    has_policy_flags: bool = field(repr=False)
+    """The byte that holds the scope elsewhere is sadb_x_policy_flags (NetBSD)."""
 
     # What the kernel knows and how it stores it.
     directions: tuple[Direction, ...] = field(repr=False)
@@ -205,6 +207,7 @@ class Abi:
             request_size=16,
             has_priority=True,
             has_scope=False,
+            has_policy_flags=False,
             directions=_ALL_DIRECTIONS,
             maximum_reqid=16383,
             maximum_templates=6,
@@ -255,6 +258,7 @@ class Abi:
             extensions=MappingProxyType(numbers.EXTENSIONS["netbsd"]),
             message_types=MappingProxyType(numbers.MESSAGE_TYPES["netbsd"]),
             modes=MappingProxyType(numbers.MODES["netbsd"]),
+            has_policy_flags=True,
             errors=MappingProxyType(numbers.ERRORS["netbsd"]),
             authentication=MappingProxyType(numbers.freebsd_authentication((11,))),
             encryption=MappingProxyType(numbers.netbsd_encryption()),
@@ -373,7 +377,8 @@ def _freebsd(release: tuple[int, ...], byteorder: ByteOrder) -> Abi:
         sockaddr_has_length=True,
         request_size=8,
         has_priority=release >= (11,),
-        has_scope=replay_extension,  # both came with 11.1,
+        has_scope=replay_extension,  # both came with 11.1
+        has_policy_flags=False,
         directions=(Direction.IN, Direction.OUT),
         maximum_reqid=16383,
         maximum_templates=4,

@@ -288,16 +288,19 @@ class Guess(NamedTuple):
 def guess(messages: Sequence[bytes]) -> Guess:
     """Whose messages these are.
 
-    One that knows every number is likelier than one that does not; one that refuses a message has not said it.
+    One that knows every number is likelier than one that does not; one that refuses a message has not said it.  A
+    message that all of them refuse is damaged, the end of a capture that was cut off for one, and tells nothing.
     """
-    fitting = [(abi, [annotate(data, abi) for data in messages]) for abi in _CANDIDATES]
-    fitting = [(abi, read) for abi, read in fitting if not any(one.error for one in read)]
+    readings = [[annotate(data, abi) for abi in _CANDIDATES] for data in messages]
+    telling = [each for each in readings if not all(one.error for one in each)]
+    fitting = [(abi, [each[number] for each in telling]) for number, abi in enumerate(_CANDIDATES)]
+    fitting = [(abi, read) for abi, read in fitting if read and not any(one.error for one in read)]
     if not fitting:
         return Guess((), alike=False)
     least = min(sum(one.doubts for one in read) for _, read in fitting)
     best = [(abi, read) for abi, read in fitting if sum(one.doubts for one in read) == least]
-    readings = {tuple(_reading(one) for one in read) for _, read in best}
-    return Guess(tuple(abi for abi, _ in best), alike=len(readings) == 1)
+    said = {tuple(_reading(one) for one in read) for _, read in best}
+    return Guess(tuple(abi for abi, _ in best), alike=len(said) == 1)
 
 
 def _reading(one: Annotated) -> tuple[tuple[object, ...], ...]:

@@ -34,11 +34,11 @@ _OUT = 8192
 class _Scratch:
     """Buffers for one call of the core.  cffi releases the GIL, so no two threads may use the same."""
 
-    __slots__ = ("characters", "fault", "out", "record", "view")
+    __slots__ = ("fault", "out", "record", "view", "written")
 
     def __init__(self) -> None:
         self.out = ffi.new("uint8_t[]", _OUT)
-        self.characters = ffi.cast("char *", self.out)
+        self.written = ffi.buffer(self.out)
         self.record = ffi.new("struct pfk_record *")
         self.view = ffi.buffer(self.record)
         self.fault = ffi.new("struct pfk_fault *")
@@ -417,10 +417,10 @@ def encode(message: Message) -> bytes:
     except IndexError:
         scratch = _Scratch()
     if capacity <= _OUT:
-        capacity, out, characters = _OUT, scratch.out, scratch.characters
+        capacity, out, written = _OUT, scratch.out, scratch.written
     else:
         out = ffi.new("uint8_t[]", capacity)
-        characters = ffi.cast("char *", out)
+        written = ffi.buffer(out)
     fault = scratch.fault
     try:
         core = _core_abis[id(message.abi)][0]
@@ -432,14 +432,14 @@ def encode(message: Message) -> bytes:
         lib.pfk_wipe(out, capacity)
         _scratches.append(scratch)
         raise error
-    encoded: bytes = _unpack(characters, length)
+    encoded: bytes = written[:length]
     _wipe(out, length)
     _scratches.append(scratch)
     return encoded
 
 
 _MARGIN = 16 + 48 * layout.MAXIMUM_EXTENSIONS
-_unpack, _encode, _decode, _wipe = ffi.unpack, lib.pfk_encode, lib.pfk_decode, lib.pfk_wipe
+_encode, _decode, _wipe = lib.pfk_encode, lib.pfk_decode, lib.pfk_wipe
 
 
 def decode(data: bytes | bytearray | memoryview, abi: Abi) -> Message:

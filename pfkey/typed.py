@@ -212,7 +212,7 @@ def policy_rows(messages: Messages) -> Iterator[PolicyRow]:
     Raises DecodeError, as `policy_from` does, at a message that names no policy with a selector.
     """
     make, number = partial(tuple.__new__, PolicyRow), int.from_bytes
-    has_scope = messages.abi.has_scope
+    has_scope, has_priority = messages.abi.has_scope, messages.abi.has_priority
     for index, ((arena, start), fields) in enumerate(zip(messages.extents(), messages.unpack(_ROW), strict=True)):
         (
             present, limit,
@@ -237,7 +237,7 @@ def policy_rows(messages: Messages) -> Iterator[PolicyRow]:
             source == identity[1] and destination == identity[3] and not (source_scope or destination_scope),
             policy_id,
             action,
-            priority,
+            priority if has_priority else 0,
             arena[first : first + length],
             lifetime_of(limit) if present & _LIMIT else None,
             scope if has_scope else 0,

@@ -54,9 +54,8 @@ def _template(one: Any, abi: Abi) -> Template:
 
 
 def _policy(one: Any, abi: Abi) -> PolicyExtension:
-    priority = one.priority if "priority" in one else one.reserved2
     templates = tuple(_template(request, abi) for request in one.requests)
-    return PolicyExtension(one.type, one.dir, one.id, priority, templates, one.get("scope", 0))
+    return PolicyExtension(one.type, one.dir, one.id, one.get("priority", 0), templates, one.get("scope", 0))
 
 
 def _combination(one: Any) -> Combination:

@@ -147,6 +147,22 @@ def test_a_stream_with_lengths_that_are_wrong(capsys: pytest.CaptureFixture[str]
     assert [one["size"] for one in json.loads(run(capsys, str(file), "--json")[1])] == [len(data) for data in said]
 
 
+def test_a_capture_that_was_cut_off(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """What is whole tells whose it is; the rest is shown as damaged."""
+    said = [one.data for one in RECORDED if one.abi == FREEBSD and ":recv" in one.name]
+    said = [*said[:50], said[0]]
+    file = tmp_path / "stream"
+    file.write_bytes(b"".join(said)[:-9])
+    code, out, _ = run(capsys, str(file), "--json")
+    found = json.loads(out)
+    assert code == 1
+    assert [one["size"] for one in found] == [*map(len, said[:-1]), len(said[-1]) - 9]
+    assert [one["error"] is None for one in found] == [True] * (len(said) - 1) + [False]
+    assert found[0]["abi"].endswith("-little")
+    assert guess([said[0], said[1][:20]]) == guess(said[:1])
+    assert not guess([said[0][:20]]).systems
+
+
 def test_lines_of_hex_are_messages_by_themselves(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     short = bytearray(named("linux spdadd tunnel v4").data)
     short[4] -= 3  # as Linux 6.1 does

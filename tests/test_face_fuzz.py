@@ -42,10 +42,14 @@ from pfkey.typed import (
 )
 
 EXAMPLES = int(os.environ.get("PFKEY_EXAMPLES", "500"))
+# hypothesis keeps what it has tried, 20 KB an example: a million in one go take 20 GB.  Each round begins anew.
+ROUND = 10_000
+rounds = pytest.mark.parametrize("part", range(-(-EXAMPLES // ROUND)))
 long = settings(
-    max_examples=EXAMPLES,
+    max_examples=min(EXAMPLES, ROUND),
     deadline=None,
     database=None,
+    derandomize=False,  # each round tries others
     phases=[Phase.explicit, Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
 )
@@ -107,9 +111,10 @@ def judged(data: bytes, abi: Abi) -> Message | DecodeError:
         return error
 
 
+@rounds
 @given(st.one_of(st.binary(max_size=200), damaged()), st.sampled_from(ABIS))
 @long
-def test_any_bytes_are_a_message_or_a_decode_error(data: bytes, abi: Abi) -> None:
+def test_any_bytes_are_a_message_or_a_decode_error(part: int, data: bytes, abi: Abi) -> None:
     message = judged(data, abi)
     if isinstance(message, DecodeError):
         with pytest.raises(DecodeError) as again:
@@ -123,9 +128,10 @@ def test_any_bytes_are_a_message_or_a_decode_error(data: bytes, abi: Abi) -> Non
     assert encode(table[1]) == data
 
 
+@rounds
 @given(st.lists(st.one_of(st.binary(max_size=64), damaged()), max_size=6), st.sampled_from(ABIS))
 @long
-def test_a_conversation_takes_anything(datagrams: list[bytes], abi: Abi) -> None:
+def test_a_conversation_takes_anything(part: int, datagrams: list[bytes], abi: Abi) -> None:
     conversation = Conversation(abi, pid=821, first_seq=1)
     request = conversation.request(Message(MessageType.SPDDUMP, abi=abi))
     conversation.request(Message(MessageType.FLUSH, abi=abi, satype=3))
@@ -138,9 +144,10 @@ def test_a_conversation_takes_anything(datagrams: list[bytes], abi: Abi) -> None
 KERNELS = {profile: EmbeddedKernel(profile) for profile in ALL}
 
 
+@rounds
 @given(st.sampled_from(ALL), st.one_of(st.binary(max_size=200), damaged()))
 @long
-def test_any_bytes_are_answered_or_refused(profile: str, data: bytes) -> None:
+def test_any_bytes_are_answered_or_refused(part: int, profile: str, data: bytes) -> None:
     """One kernel lives through all of it."""
     kernel = KERNELS[profile]
     channel = kernel.connect()

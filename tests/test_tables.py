@@ -8,7 +8,9 @@ from array import array
 from collections.abc import Iterator
 
 import pytest
-from wire import EVERYTHING, RECORDED
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from wire import EVERYTHING, OVERSTATED, RECORDED
 from wire_case import FREEBSD, LINUX
 
 from pfkey import (
@@ -27,6 +29,7 @@ from pfkey import (
     decode,
     decode_many,
     encode,
+    tables,
 )
 from pfkey.conversation import Conversation
 from pfkey.messages import SA, SA2, Address
@@ -109,6 +112,55 @@ def test_a_row_is_the_full_object() -> None:
     assert table[-1] == table[len(table) - 1]
     assert table[2:5] == [decode(data, FREEBSD) for data in datagrams[2:5]]
     assert repr(next(table.records())) == f"<Record 0 of <{len(table)} messages of FreeBSD 12>>"
+
+
+def header(words: int) -> bytes:
+    return bytes((2, 10, 0, 0)) + words.to_bytes(2, "little") + bytes(10)
+
+
+def by_lengths(datagrams: list[bytes]) -> Messages | str:
+    try:
+        return assemble([Batch.of(datagrams)], LINUX)
+    except DecodeError as error:
+        return str(error)
+
+
+def by_marks(datagrams: list[bytes]) -> Messages | str:
+    try:
+        return decode_many(datagrams, LINUX)
+    except DecodeError as error:
+        return str(error)
+
+
+def test_lengths_that_are_wrong_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each datagram is a message, whatever another states: a list is decoded as a native batch is."""
+    mark, extension = bytes.fromhex("01003d0000000000"), bytes.fromhex("01003c0000000000")
+    short = header(2) + extension  # says less than it is
+    good = header(2)
+    crafted = [header(2) + mark + header(2), header(5), extension + bytes.fromhex("01003e0000000000")]
+    lists = [
+        [good], [good, short, good], [OVERSTATED.data, good, OVERSTATED.data], [short], [good, b""], [b"", good], [b""],
+        [good, header(3), extension, good], [header(3), extension], [good, good[:8], good[8:]], [good + good, b"\0"],
+        [good, b"\2" * 20], [header(0)], [header(1), good], [good, header(9)], crafted, crafted[1:], crafted[:1],
+    ]  # fmt: skip
+    for datagrams in lists:
+        assert by_marks(datagrams) == by_lengths(datagrams)
+        assert by_marks([good, *datagrams, good]) == by_lengths([good, *datagrams, good])
+    # The control: whoever knew what lies between the messages could say that it lies elsewhere.
+    monkeypatch.setattr(tables, "_MARK", mark)
+    assert isinstance(by_lengths(crafted), str)
+    assert isinstance(by_marks(crafted), Messages)
+
+
+@given(st.lists(st.sampled_from([one.data for one in EVERYTHING if one.abi == LINUX][:40]), max_size=5), st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_list_is_decoded_as_a_batch_is(datagrams: list[bytes], data: st.DataObject) -> None:
+    damaged = list(datagrams)
+    for index, one in enumerate(datagrams):
+        if data.draw(st.booleans()):
+            at = data.draw(st.sampled_from([0, 2, 4, 5, *range(16, len(one), 8)]))
+            damaged[index] = one[:at] + bytes((data.draw(st.integers(0, 48)),)) + one[at + 1 :]
+    assert by_marks(damaged) == by_lengths(damaged)
 
 
 def test_a_table_of_nothing() -> None:

@@ -128,6 +128,16 @@ def test_a_big_endian_machine_says_the_same(one: Recorded) -> None:
     assert encode(there) == mirrored(one.data, one.abi)
 
 
+@pytest.mark.parametrize("abi", [Abi.freebsd(9), Abi.freebsd(10), Abi.netbsd(), Abi.macos()], ids=str)
+def test_a_reserved_word_is_no_priority(abi: Abi) -> None:
+    """Where sadb_x_policy ends in a reserved word, what lies there is kept and means nothing."""
+    dirty = encode(Message(MessageType.SPDGET, {X.POLICY: PolicyExtension(2, 2, 7)}, abi=abi))[:-4] + b"\1\2\3\4"
+    message = decode(dirty, abi)
+    assert message.policy == PolicyExtension(2, 2, 7)
+    assert encode(message) == dirty
+    assert encode(Message(MessageType.SPDGET, message.extensions, abi=abi)) == dirty[:-4] + bytes(4)
+
+
 def test_a_stated_length_that_is_too_short_is_kept() -> None:
     """Linux 6.1 says less than it sends for some policies."""
     data = bytearray(CASES[1].data)

@@ -1,7 +1,57 @@
-/* Fuzz target: a batch says of each message what pfk_decode says of it alone, and stops at the first that is none. */
+/*
+ * Fuzz target: a batch says of each message what pfk_decode says of it alone, and stops at the first that is none; with
+ * marks between them instead of lengths it says the same, or that it takes the lengths.
+ */
 #include "check.h"
 
 #define MOST 8
+
+static const uint8_t mark[PFK_MARK] = { 1, 0, 61, 0, 'm', 'a', 'r', 'k' };
+
+static int holds_mark(const uint8_t *p, size_t length)
+{
+	for (size_t i = 0; i + PFK_MARK <= length; i++)
+		if (memcmp(p + i, mark, PFK_MARK) == 0)
+			return 1;
+	return 0;
+}
+
+/* `reason` is what pfk_decode_many said, `records` what it found. */
+static void with_marks(const struct pfk_abi *abi, const uint8_t *arena, const uint32_t *lengths, size_t count,
+		       int reason, const struct pfk_record *records)
+{
+	static struct pfk_record again[MOST];
+	struct pfk_fault fault;
+	uint32_t found[MOST];
+	size_t size = 0, total = 0;
+	int told = reason == 0;
+	uint8_t *marked;
+
+	for (size_t i = 0; i < count; i++)
+		total += lengths[i];
+	marked = malloc(total + PFK_MARK * count + 1);
+	REQUIRE(marked);
+	for (size_t i = 0; i < count; i++) {
+		if (i > 0)
+			memcpy(marked + size, mark, PFK_MARK);
+		size += i > 0 ? PFK_MARK : 0;
+		memcpy(marked + size, arena, lengths[i]);
+		size += lengths[i];
+		told = told && records[i].length == records[i].words;
+		if (holds_mark(arena, lengths[i])) {
+			free(marked);
+			return;
+		}
+		arena += lengths[i];
+	}
+	marked = realloc(marked, size ? size : 1);	/* so that a byte behind it is seen */
+	REQUIRE(marked);
+	REQUIRE(pfk_decode_marked(abi, marked, size, mark, count, found, again, &fault) == (told ? 0 : -1));
+	if (told)
+		REQUIRE(memcmp(found, lengths, count * sizeof *found) == 0 &&
+			memcmp(again, records, count * sizeof *again) == 0);
+	free(marked);
+}
 
 /* The byte after the Abi is the number of messages; then comes a 16-bit length for each, then the arena. */
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -40,5 +90,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		}
 		arena += lengths[i];
 	}
+	with_marks(abi, data + 2 + 2 * count, lengths, count, reason, records);
 	return 0;
 }
