@@ -13,7 +13,7 @@ from .abi import Abi
 from .codec import Message, made
 from .constants import PF_KEY_V2
 from .constants import ExtensionType as X
-from .messages import Lifetime, Policy, SecurityAssociation
+from .messages import Lifetime, Policy, SecurityAssociation, Selector
 
 __all__ = ["Numbers", "association", "policy"]
 
@@ -125,11 +125,16 @@ def association(type: int, sa: SecurityAssociation, numbers: Numbers, abi: Abi) 
 _POLICY_KINDS = (X.POLICY, X.ADDRESS_SRC, X.ADDRESS_DST)
 
 
+def _has_scope(selector: Selector) -> bool:
+    """That of a global address is no part of what a selector matches, and FreeBSD stores it all the same."""
+    return bool(selector.source.scope_id or selector.destination.scope_id)  # type: ignore[union-attr]
+
+
 def policy(type: int, value: Policy, requests: bytes, abi: Abi) -> Message | None:
     """A message about a policy; None when it takes the general way."""
     selector = value.selector
     identity = selector.identity
-    if len(identity) > 8:  # it has a scope
+    if len(identity) > 8 or (identity[0] == 6 and _has_scope(selector)):
         return None
     version, _, source_bits, _, destination_bits, protocol, source_port, destination_port = identity
     soft, hard = value.lifetime_soft, value.lifetime_hard
