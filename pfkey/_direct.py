@@ -129,7 +129,7 @@ def policy(type: int, value: Policy, requests: bytes, abi: Abi) -> Message | Non
     """A message about a policy; None when it takes the general way."""
     selector = value.selector
     identity = selector.identity
-    if selector._scopes is not None:
+    if selector._scopes is not None:  # a global address has one only as a guard, and FreeBSD stores it
         return None
     version, _, source_bits, _, destination_bits, protocol, source_port, destination_port = identity
     source, destination = selector.packed

@@ -106,6 +106,16 @@ def test_policies(policy: Policy, kind: MessageType, abi: Abi) -> None:
     assert dict(message.extensions) == dict(general.extensions)
 
 
+@pytest.mark.parametrize(
+    "ends", [("2001:db8::2%1", "::1"), ("::1", "2001:db8::2%1"), ("fe80::1%3", "fe80::2")], ids=str
+)
+def test_a_scope_is_sent_whatever_the_address(ends: tuple[str, str]) -> None:
+    """Between hosts it is what tells an alias of a policy from the policy itself (FreeBSD)."""
+    message = typed.policy_message(MessageType.SPDADD, Policy(2, Selector(*ends)), Abi.freebsd(14))
+    sides = [side.scope_id for side in (message.source, message.destination) if side is not None]
+    assert sides == [int(end.partition("%")[2] or 0) for end in ends]
+
+
 HERE, THERE = ip_address("192.0.2.1"), ip_address("192.0.2.2")
 
 
