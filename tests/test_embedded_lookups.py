@@ -43,7 +43,9 @@ def test_the_policies_a_real_kernel_found(cases: list[list[Any]]) -> None:
 
 
 @pytest.mark.parametrize(
-    "quirk", [{"hosts_apart": False}, {"update_keeps_place": False}], ids=["no table of hosts", "updates go behind"]
+    "quirk",
+    [{"hosts_apart": False}, {"update_keeps_place": False}, {"hosts_apart": False, "ties_by_link": True}],
+    ids=["no table of hosts", "updates go behind", "6.12"],
 )
 def test_the_cases_tell_other_orders_apart(cases: list[list[Any]], quirk: dict[str, bool]) -> None:
     assert differing(cases, replace(LINUX_6_1, **quirk))  # type: ignore[arg-type]

@@ -66,6 +66,14 @@ def test_nothing_is_left_over(recorded: dict[str, list[Any]]) -> None:
     assert sum(len(received.get(A, [])) for answers in recorded.values() for _, received in answers) > 800
 
 
+@pytest.mark.parametrize("profile", ["linux-6.12", "linux-smp"])
+def test_the_other_linuxes_answer_the_same(profile: str, recorded: dict[str, list[Any]]) -> None:
+    answers = answers_of(profile)
+    assert {name: [[*one] for one in answers[name]] for name in SCENARIOS} == {
+        name: recorded[name] for name in SCENARIOS
+    }
+
+
 @pytest.mark.parametrize(
     "other",
     [
