@@ -20,10 +20,12 @@ from pfkey import (
     Abi,
     Assignment,
     Direction,
+    Lifetime,
     Message,
     MessageType,
     Policy,
     PolicyTracker,
+    SAProtocol,
     SecurityAssociation,
     Selector,
     Template,
@@ -34,8 +36,8 @@ from pfkey import (
 )
 from pfkey._core import ffi, lib
 from pfkey.codec import core_abi
-from pfkey.tables import Batch, assemble
-from pfkey.typed import association_from, association_message, policy_message
+from pfkey.tables import Batch, Messages, assemble
+from pfkey.typed import association_from, association_message, policy_from, policy_message, policy_rows
 
 __all__ = ["CASES", "DUMP_ROWS", "RATIOS", "Case", "Ratio"]
 
@@ -167,6 +169,45 @@ def encode_policy() -> Prepared:
     return lambda: encode(policy_message(kind, policy, LINUX))
 
 
+def policies() -> Messages:
+    """A dump of 10,000 policies of two templates, each with its own selector, reqid and end of life."""
+    compression = Template.transport(protocol=SAProtocol.IPCOMP)
+    return decode_many(
+        [
+            encode(
+                policy_message(
+                    MessageType.SPDADD,
+                    Policy(
+                        Direction.OUT,
+                        prefixes(number),
+                        templates=(compression, Template.tunnel("192.0.2.1", "198.51.100.1", reqid=number + 1)),
+                        priority=number,
+                        lifetime_hard=Lifetime(addtime=number),
+                    ),
+                    LINUX,
+                )
+            )
+            for number in range(BATCH)
+        ],
+        LINUX,
+    )
+
+
+def prefixes(number: int) -> Selector:
+    high, low = number >> 8 & 255, number & 255
+    return Selector(f"10.{high}.{low}.0/24", f"172.16.{high}.{low}")
+
+
+def rows_of_policies() -> Prepared:
+    table = policies()
+    return lambda: list(policy_rows(table))
+
+
+def whole_policies() -> Prepared:
+    table = policies()
+    return lambda: [policy_from(one) for one in table]
+
+
 def struct_encode() -> Prepared:
     fields = peer_struct.decode(encode(association_message(MessageType.ADD, association(), LINUX)))
     return lambda: peer_struct.encode(fields)
@@ -202,10 +243,7 @@ def rekeying(policies: int) -> Callable[[], Prepared]:
         tracker = PolicyTracker(NullKernel())
         template = Template.tunnel("192.0.2.1", "198.51.100.1", reqid=1)
         first, second = Assignment(template, spi=0xC0000001), Assignment(template, spi=0xC0000002)
-        selectors = [
-            Selector(f"10.{number >> 8 & 255}.{number & 255}.0/24", f"172.16.{number >> 8 & 255}.{number & 255}")
-            for number in range(policies)
-        ]
+        selectors = [prefixes(number) for number in range(policies)]
         for selector in selectors:
             tracker.add(Direction.OUT, selector, first)
         # Rekeyed once each, then back again, so that every policy always has exactly one assignment.
@@ -252,6 +290,9 @@ CASES = (
     Case("the same from the arena of a native dump", decode_arena, None, BATCH, 1, 300),
     Case("its table of 10,000, 12 columns as tuples", batch_columns, 250e-9, BATCH, 1, 100),
     Case("decode_many(), 10,000 messages, each made an object", decode_batch_to_messages, 1.5e-6, BATCH, 1, 30),
+    Case("policy_rows(), a dump of 10,000 policies", rows_of_policies, 3e-6, BATCH, 1, 30),
+    Case("policy_from(), each of them an object", whole_policies, None, BATCH, 1, 10),
+    Case("a Selector from two texts", lambda: lambda: prefixes(4660)),
     Case("decode by hand-written struct", struct_decode),
     Case("decode by the schema (construct)", construct_decode, None, 1, 10, 300),
     Case("encode(), a message that exists", encode_message),

@@ -17,8 +17,10 @@ from .messages import Lifetime, Policy, SecurityAssociation
 
 __all__ = ["Numbers", "association", "policy"]
 
-_Plan = tuple[bytes, bytes, Abi]
-"""What all records of one shape have in common: their first 128 bytes, the headers of their extensions, the system."""
+_Plan = tuple[bytes, bytes, int, Abi]
+"""What all records of one shape have in common: their first 128 bytes, the headers of their extensions and how long
+those are, the system.
+"""
 
 _plans: dict[tuple[int, ...], _Plan] = {}
 
@@ -36,7 +38,7 @@ def _plan(key: tuple[int, ...], abi: Abi, kinds: tuple[X, ...]) -> _Plan:
     blob = b"".join(bytes(2) + number + bytes(4) for number in numbers)
     if len(_plans) > 4096:
         _plans.clear()
-    plan = _plans[key] = bytes(record[: layout.LIFETIME.offset]), blob, abi
+    plan = _plans[key] = bytes(record[: layout.LIFETIME.offset]), blob, len(blob), abi
     return plan
 
 
@@ -92,18 +94,21 @@ def association(type: int, sa: SecurityAssociation, numbers: Numbers, abi: Abi) 
     if nat is not None:
         shape |= 16
         nat_type, nat_source, nat_destination = nat.type, nat.source_port, nat.destination_port
-    if len(source) == len(destination) == 4:
+    length = len(source)
+    if length != len(destination):
+        return None
+    if length == 4:
         bits, version = 32, 4
-    elif len(source) != len(destination) or sa.source.scope_id or sa.destination.scope_id:  # type: ignore[union-attr]
+    elif sa.source.scope_id or sa.destination.scope_id:  # type: ignore[union-attr]
         return None
     else:
         bits, version = 128, 6
     key = (type + 0, satype, id(abi), shape)  # an enum's hash is slow
     try:
-        head, blob, _ = _plans[key]
+        head, blob, at, _ = _plans[key]
     except KeyError:
-        head, blob, _ = _plan(key, abi, _kinds(shape))
-    at, size, more = len(blob), len(encryption_key), len(authentication_key)
+        head, blob, at, _ = _plan(key, abi, _kinds(shape))
+    size, more = len(encryption_key), len(authentication_key)
     try:
         record = _ASSOCIATION.pack(
             head,
@@ -136,11 +141,11 @@ def policy(type: int, value: Policy, requests: bytes, abi: Abi) -> Message | Non
     soft, hard = value.lifetime_soft, value.lifetime_hard
     key = (type + 0, 0, id(abi), -1 - (hard is not None) - 2 * (soft is not None))
     try:
-        head, blob, _ = _plans[key]
+        head, blob, at, _ = _plans[key]
     except KeyError:
         limits = [X.LIFETIME_HARD] if hard is not None else []
         limits += [X.LIFETIME_SOFT] if soft is not None else []
-        head, blob, _ = _plan(key, abi, (*_POLICY_KINDS, *limits))
+        head, blob, at, _ = _plan(key, abi, (*_POLICY_KINDS, *limits))
     soft, hard = soft or _NO_LIMIT, hard or _NO_LIMIT
     try:
         record = _POLICY.pack(
@@ -150,7 +155,7 @@ def policy(type: int, value: Policy, requests: bytes, abi: Abi) -> Message | Non
             protocol, source_bits, source_port, version, 0, 0, source,
             protocol, destination_bits, destination_port, version, 0, 0, destination,
             value.action, value.direction, value.scope if abi.has_scope else 0,
-            value.id, value.priority if abi.has_priority else 0, len(blob), len(requests),
+            value.id, value.priority if abi.has_priority else 0, at, len(requests),
         )  # fmt: skip
     except struct.error:
         return None

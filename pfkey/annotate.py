@@ -289,10 +289,15 @@ def guess(messages: Sequence[bytes]) -> Guess:
     """Whose messages these are.
 
     One that knows every number is likelier than one that does not; one that refuses a message has not said it.  A
-    message that all of them refuse is damaged, the end of a capture that was cut off for one, and tells nothing.
+    message that all of them refuse is damaged, the end of a capture that was cut off for one, and tells nothing, unless
+    OpenBSD has said it.
     """
     readings = [[annotate(data, abi) for abi in _CANDIDATES] for data in messages]
-    telling = [each for each in readings if not all(one.error for one in each)]
+    telling = [
+        each
+        for data, each in zip(messages, readings, strict=True)
+        if not all(one.error for one in each) or is_openbsd(data)
+    ]
     fitting = [(abi, [each[number] for each in telling]) for number, abi in enumerate(_CANDIDATES)]
     fitting = [(abi, read) for abi, read in fitting if read and not any(one.error for one in read)]
     if not fitting:

@@ -57,8 +57,10 @@ def _check_icmp(policy: Policy, abi: Abi) -> None:
 
 
 def _check_scope(policy: Policy, abi: Abi) -> None:
+    if abi.stores_scope or not any(policy.selector.scopes):
+        return
     for side in (policy.selector.source, policy.selector.destination):
-        if getattr(side, "scope_id", None) and not abi.stores_scope:
+        if getattr(side, "scope_id", None):
             raise NotSupported(f"{policy}: {abi} forgets the scope of {side}, so that it would match on every link")
 
 

@@ -9,6 +9,7 @@ from wire import EVERYTHING, Recorded
 from wire_case import FREEBSD, LINUX
 
 from pfkey import DecodeError, decode, decode_many, encode
+from pfkey.tables import Batch, assemble
 
 SAMPLE = [one for one in EVERYTHING if len(one.data) <= 400]
 
@@ -21,7 +22,10 @@ def check(error: DecodeError, data: bytes, one: Recorded) -> None:
     with pytest.raises(DecodeError) as again:
         decode_many([data], one.abi)
     assert (again.value.offset, again.value.extension) == (error.offset, error.extension)
-    assert error.reason in again.value.reason
+    assert str(again.value) == f"message 0 of 1: {error}"
+    with pytest.raises(DecodeError) as later:
+        assemble([Batch.of([HEADER[:4] + b"\2\0" + HEADER[6:]] * 2), Batch.of([data])], one.abi)
+    assert str(later.value) == f"message 2 of 3: {error}"
 
 
 def judge(data: bytes, one: Recorded) -> bool:

@@ -95,7 +95,8 @@ def test_openbsd_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
         "020c000007000000 0000000000000000 0300150000000000 10020000c0000201 0000000000000000 0100140001000000"
         "0100130032000000"
     )
-    for arguments in ((flow.hex(),), (flow.hex(), "--abi", "openbsd")):
+    flush = bytes((2, 9, 0, 3, 2, 0, 0, 0)) + bytes(8)  # anybody's
+    for arguments in ((flow.hex(),), (flow.hex(), "--abi", "openbsd"), ((flush + flow + flush).hex(),)):
         code, _, err = run(capsys, *arguments)
         assert code == 2
         assert "OpenBSD's PF_KEY is another one" in err

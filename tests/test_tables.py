@@ -110,6 +110,7 @@ def test_a_row_is_the_full_object() -> None:
         assert record.message == decode(data, FREEBSD)
         assert encode(record.message) == data
     assert table[-1] == table[len(table) - 1]
+    assert [encode(one) for one in table.pick([4, 0, 4])] == [datagrams[at] for at in (4, 0, 4)]
     assert table[2:5] == [decode(data, FREEBSD) for data in datagrams[2:5]]
     assert repr(next(table.records())) == f"<Record 0 of <{len(table)} messages of FreeBSD 12>>"
 
