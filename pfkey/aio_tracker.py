@@ -23,7 +23,7 @@ from .messages import Policy, Selector
 from .resync import Difference
 from .tracking import Tracking
 from .uses import Transaction, tunnel_calls
-from .watch import Healing, concerns_all
+from .watch import Healing, Pace, writes
 from .work import ENTER, GRACE, IDLE, Ask, Change, Dump, Rows, Run
 
 __all__ = ["AsyncPolicyKernel", "AsyncPolicyTracker", "AsyncWatch"]
@@ -75,6 +75,8 @@ class AsyncPolicyTracker:
         self._lock_path = lock
         self._lock_timeout = lock_timeout
         self._timer: asyncio.Task[None] | None = None
+        self._written = 0
+        """How many changes the kernel acknowledged."""
 
     def _check_policy(self, policy: Policy) -> None:
         self._kernel.check_policy(policy)  # of the connection that there is then
@@ -271,9 +273,11 @@ class AsyncPolicyTracker:
 
     async def _ask(self, effect: Ask) -> Sequence[Message | PFKeyError]:
         try:
-            return await self._kernel.request_many(effect.messages)
+            replies = await self._kernel.request_many(effect.messages)
         except PFKeyError as error:
             return [error] * len(effect.messages)
+        self._written += writes(effect.messages, replies)
+        return replies
 
     async def _grace(self) -> None:
         wait = getattr(self._kernel, "grace_period", None)
@@ -357,30 +361,30 @@ class AsyncWatch:
 
     async def _rounds(self) -> None:
         events, tracker = self._events, self._tracker
-        due = time.monotonic() + self.interval
-        lost = events.lost
+        pace = Pace(self.interval, events.lost, tracker._written)
         while True:
-            events.timeout = max(0.0, due - time.monotonic())
-            everything = False
+            events.timeout, quiet, before = pace.patience, True, tracker._written
             async for message, own in events:
-                if not own:
-                    everything |= concerns_all(message)
-                    if not everything:
-                        self._note(await tracker._run(tracker._tracking.heal(message)))
-                if everything or events.lost != lost or time.monotonic() >= due:
+                quiet = False
+                if pace.concerns_one(message, own):
+                    self._note(await tracker._run(tracker._tracking.heal(message)))
+                if pace.reason(events.lost, before, quiet=False):
                     break
-            if events.lost != lost:
-                log.warning("events about policies were lost; all policies are compared")
-                lost = events.lost
-            try:
-                self.differences += await tracker.resync()
-            except ChannelClosed:
-                raise
-            except PFKeyError as error:
-                log.warning("all policies could not be compared: %s", error)
-            del self.differences[:-_KEPT]
-            self.resyncs += 1
-            due = time.monotonic() + self.interval
+            reason = pace.reason(events.lost, before, quiet=quiet)
+            if reason:
+                log.info("all policies are compared: %s", reason)
+                await self._compare()
+                pace.compared(events.lost, tracker._written)
+
+    async def _compare(self) -> None:
+        try:
+            self.differences += await self._tracker.resync()
+        except ChannelClosed:
+            raise
+        except PFKeyError as error:
+            log.warning("all policies could not be compared: %s", error)
+        del self.differences[:-_KEPT]
+        self.resyncs += 1
 
     def _note(self, healing: Healing | None) -> None:
         if healing is not None:

@@ -23,7 +23,7 @@ from .messages import Policy, Selector
 from .resync import Difference
 from .tracking import Tracking
 from .uses import Transaction, tunnel_calls
-from .watch import Healing, Watch, start
+from .watch import Healing, Watch, start, writes
 from .work import ENTER, GRACE, IDLE, Ask, Change, Dump, Rows, Run
 
 __all__ = ["Change", "PolicyKernel", "PolicyTracker", "Transaction", "make_settings"]
@@ -106,6 +106,8 @@ class PolicyTracker:
         self._lock_path = lock
         self._lock_timeout = lock_timeout
         self._timer: threading.Timer | None = None
+        self._written = 0
+        """How many changes the kernel acknowledged."""
 
     def _check_policy(self, policy: Policy) -> None:
         self._kernel.check_policy(policy)  # of the connection that there is then
@@ -251,7 +253,7 @@ class PolicyTracker:
         def compare() -> None:
             watch.note_resync(self.resync())
 
-        start(watch, self._kernel, heal_one, compare)
+        start(watch, self._kernel, heal_one, compare, lambda: self._written)
         return watch
 
     def _heal(self, message: Message) -> Healing | None:
@@ -360,9 +362,11 @@ class PolicyTracker:
 
     def _ask(self, effect: Ask) -> Sequence[Message | PFKeyError]:
         try:
-            return self._kernel.request_many(effect.messages)
+            replies = self._kernel.request_many(effect.messages)
         except PFKeyError as error:
             return [error] * len(effect.messages)
+        self._written += writes(effect.messages, replies)
+        return replies
 
     def _grace(self) -> None:
         wait = getattr(self._kernel, "grace_period", None)

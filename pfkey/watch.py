@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -24,7 +24,7 @@ from .tracker import Installed, State, TrackedPolicy, Troubles, image_text
 from .typed import policy_from
 from .work import Run, Work, get, is_entry, read
 
-__all__ = ["CONTESTED_CHANGES", "CONTESTED_SECONDS", "Healing", "Watch", "concerned", "heal"]
+__all__ = ["CONTESTED_CHANGES", "CONTESTED_SECONDS", "Healing", "Pace", "Watch", "concerned", "heal", "start", "writes"]
 
 log = logging.getLogger("pfkey.keeper")
 
@@ -32,7 +32,6 @@ CONTESTED_CHANGES, CONTESTED_SECONDS = 3, 10.0
 """So many foreign changes of one policy in so many seconds, and the tracker stops: two must not fight for ever."""
 
 _GONE = (MessageType.SPDDELETE, MessageType.SPDDELETE2, MessageType.SPDEXPIRE)
-_EVERYTHING = (MessageType.SPDFLUSH,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +60,61 @@ def concerned(book: Book, message: Message) -> TrackedPolicy | None:
     return tracked if tracked is not None and is_entry(tracked, policy) else None
 
 
-def concerns_all(message: Message) -> bool:
-    """Whether nothing is where it was."""
-    return message.type in _EVERYTHING
+_WRITES = (MessageType.SPDADD, MessageType.SPDUPDATE, MessageType.SPDDELETE)
+_QUIET = 1.0
+"""Seconds without an event after which the broadcasts of our own changes must have arrived."""
+
+
+def writes(messages: Sequence[Message], replies: Sequence[Message | PFKeyError]) -> int:
+    """How many of these were changes that the kernel acknowledged, and so broadcast."""
+    pairs = zip(messages, replies, strict=True)
+    return sum(message.type in _WRITES and not isinstance(reply, PFKeyError) for message, reply in pairs)
+
+
+class Pace:
+    """When a watch has to compare all policies: after a flush, when events were lost, and once in a while.
+
+    Kernels drop broadcasts in silence (Linux, FreeBSD before 14), so our own are counted: when the broadcast of a
+    change of ours does not come, others were lost with it.
+    """
+
+    def __init__(self, interval: float, lost: int, written: int) -> None:
+        self._interval = interval
+        self.compared(lost, written)
+
+    def compared(self, lost: int, written: int) -> None:
+        """All were compared: what was missed before does not matter any more."""
+        self._due = time.monotonic() + self._interval
+        self._lost = lost
+        self._written, self._seen = written, 0
+        self._flushed = False
+
+    @property
+    def patience(self) -> float:
+        """For how many seconds to wait for the next event."""
+        return max(0.0, min(_QUIET, self._due - time.monotonic()))
+
+    def concerns_one(self, message: Message, own: bool) -> bool:
+        """Note an event; whether it is somebody else's change of one policy."""
+        if own:
+            self._seen += message.type in _WRITES
+            return False
+        self._flushed |= message.type is MessageType.SPDFLUSH
+        return not self._flushed
+
+    def reason(self, lost: int, written: int, *, quiet: bool) -> str:
+        """Why all have to be compared now, "" for not yet.
+
+        `written` is how many changes of ours the kernel had acknowledged before it was waited for events; `quiet` says
+        that none came.
+        """
+        if self._flushed:
+            return "somebody flushed the policies"
+        if lost != self._lost:
+            return "events about policies were lost"
+        if quiet and self._seen < written - self._written:
+            return "the broadcast of a change of ours did not come, so others may be missing too"
+        return "it is time" if time.monotonic() >= self._due else ""
 
 
 def heal(book: Book, tracked: TrackedPolicy, message: Message, now: float) -> Run[Healing | None]:
@@ -176,41 +227,46 @@ class Watch:
 _KEPT = 1000
 
 
-def start(watch: Watch, kernel: Any, heal_one: Callable[[Message], None], resync: Callable[[], None]) -> None:
+def start(
+    watch: Watch,
+    kernel: Any,
+    heal_one: Callable[[Message], None],
+    compare: Callable[[], None],
+    written: Callable[[], int],
+) -> None:
     """Begin to listen, then start the thread: what happens from now on is not missed."""
     if not hasattr(kernel, "spd_events"):
         raise NotSupported(f"{kernel!r} gives no events to watch")
-    watch._events = kernel.spd_events(timeout=watch.interval)
-    watch._thread = threading.Thread(target=_follow, args=(watch, heal_one, resync), name="pfkey-watch", daemon=True)
+    watch._events = kernel.spd_events(timeout=_QUIET)
+    watch._thread = threading.Thread(
+        target=_follow, args=(watch, heal_one, compare, written), name="pfkey-watch", daemon=True
+    )
     watch._thread.start()
 
 
-def _follow(watch: Watch, heal_one: Callable[[Message], None], resync: Callable[[], None]) -> None:
+def _follow(
+    watch: Watch, heal_one: Callable[[Message], None], compare: Callable[[], None], written: Callable[[], int]
+) -> None:
     events = watch._events
     try:
         with _reported(watch):
-            due = time.monotonic() + watch.interval
-            lost = events.lost
+            pace = Pace(watch.interval, events.lost, written())
             while not watch._stopped.is_set():
-                events.timeout = max(0.0, due - time.monotonic())
-                everything = False
+                events.timeout, quiet, before = pace.patience, True, written()
                 for message, own in events:
+                    quiet = False
                     if watch._stopped.is_set():
                         return
-                    if not own:
-                        everything |= concerns_all(message)
-                        if not everything:
-                            heal_one(message)
-                    if everything or events.lost != lost or time.monotonic() >= due:
+                    if pace.concerns_one(message, own):
+                        heal_one(message)
+                    if pace.reason(events.lost, before, quiet=False):
                         break
-                if watch._stopped.is_set():
-                    return
-                if events.lost != lost:
-                    log.warning("events about policies were lost; all policies are compared")
-                    lost = events.lost
-                with _told("all policies could not be compared"):
-                    resync()
-                due = time.monotonic() + watch.interval
+                reason = pace.reason(events.lost, before, quiet=quiet)
+                if reason and not watch._stopped.is_set():
+                    log.info("all policies are compared: %s", reason)
+                    with _told("all policies could not be compared"):
+                        compare()
+                    pace.compared(events.lost, written())
     finally:
         events.stop()
 
