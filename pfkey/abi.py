@@ -314,7 +314,7 @@ class Abi:
         if host.sysname == "Linux":
             return Abi.linux()
         if host.sysname == "FreeBSD":
-            return Abi.freebsd(host.release)
+            return Abi.freebsd(_osreldate() or host.release)
         if host.sysname == "NetBSD":
             return Abi.netbsd()
         if host.sysname == "Darwin":
@@ -325,6 +325,20 @@ class Abi:
             f"{host.sysname} {host.release} is not a system whose PF_KEYv2 this package speaks (Linux, FreeBSD 9 and"
             " later, NetBSD, macOS); name one of those, or pass a channel that has an abi"
         )
+
+
+def _osreldate() -> int:
+    """`kern.osreldate` of the running FreeBSD kernel, 0 when its libc does not say.
+
+    uname's release can be set to anything by the environment (UNAME_r) and by a jail; what is asked here is the number
+    that FreeBSD's own programs go by.
+    """
+    import ctypes
+
+    try:
+        return max(0, int(ctypes.CDLL(None).getosreldate()))
+    except (AttributeError, OSError):
+        return 0
 
 
 OPENBSD = (

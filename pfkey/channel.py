@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import socket
 import sys
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -16,7 +18,16 @@ from .constants import PF_KEY_V2
 from .errors import ChannelClosed, KernelError, NotSupported, kernel_error
 from .tables import Batch
 
-__all__ = ["Channel", "NativeChannel", "grow_receive_buffer", "in_flight", "receive_batch", "receive_many", "send_many"]
+__all__ = [
+    "Channel",
+    "NativeChannel",
+    "grow_receive_buffer",
+    "in_flight",
+    "lost",
+    "receive_batch",
+    "receive_many",
+    "send_many",
+]
 
 log = logging.getLogger("pfkey.channel")
 
@@ -27,8 +38,12 @@ class Channel(Protocol):
 
     `send` raises OSError when the kernel's send call fails.  `receive` gives one whole message, or None when none came
     within `timeout` seconds (None waits for ever).  `fileno` is -1 where there is no file descriptor to wait on.
-    ChannelClosed says that the kernel cannot be reached any more.  A channel may also have `send_many`, `receive_many`,
-    `receive_batch` and `set_receive_buffer(size) -> size`; the functions of this module do without.
+    ChannelClosed says that the kernel cannot be reached any more.  One thread may send while another one receives.
+
+    A channel may also have `send_many`, `receive_many`, `receive_batch` and `set_receive_buffer(size) -> size`, which
+    the functions of this module do without; `grace_period()`, which returns when every packet that was looking at the
+    SPD has finished; `host_lock`, the path of the lock file that all who write to this SPD share; and counters, `lost`
+    and `dropped`, of messages that nobody will see.
     """
 
     @property
@@ -77,6 +92,8 @@ def receive_batch(channel: Channel, limit: int, timeout: float | None) -> Batch:
     return batch(timeout) if batch is not None else Batch.of(receive_many(channel, limit, timeout))
 
 
+GRACE_PERIOD = 0.02
+"""Seconds after which no packet still looks at what the SPD was, where the system has no way to ask."""
 _UNKNOWN_IN_FLIGHT = 16
 """How many answers any receive buffer holds: FreeBSD's default of 8192 bytes takes about thirty."""
 
@@ -84,6 +101,11 @@ _UNKNOWN_IN_FLIGHT = 16
 def in_flight(channel: Channel) -> int:
     """How many requests may be under way at once, so that the receive buffer holds all answers."""
     return int(getattr(channel, "in_flight", _UNKNOWN_IN_FLIGHT))
+
+
+def lost(channel: Channel) -> int:
+    """How many messages the channel knows that nobody will see."""
+    return int(getattr(channel, "lost", 0)) + int(getattr(channel, "dropped", 0))
 
 
 _LARGEST_BUFFER = 64 << 20
@@ -126,6 +148,8 @@ class NativeChannel:
     def __init__(self) -> None:
         self.abi = Abi.native()
         self._socket = _open(self.abi)
+        self.host_lock = _host_lock()
+        """The lock file that all who write to this socket's SPD share (the variable PFKEY_LOCK names another one)."""
         self._arena: _sockets.Arena | None = None
         self._queue: deque[bytes] = deque()
         self.lost = 0
@@ -212,6 +236,17 @@ class NativeChannel:
             raise OSError(received.error, f"receiving from the PF_KEY socket: {_strerror(received.error)}")
         return received
 
+    def grace_period(self) -> None:
+        """Return when every packet that was looking at the SPD has finished looking.
+
+        Linux waits for that itself when a PF_KEY socket is closed (pfkey_release() ends in synchronize_rcu()).  The
+        others have no such call; 3 ms were enough wherever it was measured, and 20 ms are waited.
+        """
+        if sys.platform == "linux":
+            _open(self.abi).close()
+        else:
+            time.sleep(GRACE_PERIOD)
+
     def fileno(self) -> int:
         """The socket's file descriptor, -1 once closed.  Messages may be queued here although it is not readable."""
         return self._socket.fileno()
@@ -223,6 +258,18 @@ class NativeChannel:
     def _check(self) -> None:
         if self._socket.fileno() < 0:
             raise ChannelClosed("the PF_KEY socket was closed")
+
+
+def _host_lock() -> str:
+    """One SPD, one file: on Linux each network namespace has an SPD of its own, and this thread's is the socket's."""
+    if path := os.environ.get("PFKEY_LOCK"):
+        return path
+    if sys.platform != "linux":
+        return "/var/run/pfkey-spd.lock"
+    try:
+        return f"/run/pfkey-spd-{os.stat('/proc/thread-self/ns/net').st_ino}.lock"
+    except OSError:  # without /proc all namespaces share one file, which waits too often rather than too seldom
+        return "/run/pfkey-spd.lock"
 
 
 def _strerror(number: int) -> str:

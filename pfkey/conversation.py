@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections import OrderedDict, deque
 from struct import Struct
 
 from .abi import Abi
 from .codec import Message, decode, encode
 from .constants import ExtensionType, MessageType
-from .errors import DecodeError, DumpOverflow, PFKeyError, kernel_error
+from .errors import DecodeError, DumpOverflow, EncodeError, PFKeyError, kernel_error
 from .messages import Address
 from .tables import Batch, Messages, assemble
 from .typed import describe
 
-__all__ = ["Conversation", "Request"]
+__all__ = ["Conversation", "Request", "Watch"]
 
 log = logging.getLogger("pfkey.conversation")
 
@@ -24,21 +25,41 @@ _REMEMBERED = 4096
 """Sequence numbers kept after their request has ended, so that what arrives late is known for what it is."""
 _EVENTS = 65536
 """Events kept for a reader; the oldest are dropped, and counted, when nobody reads them."""
+_OWN = 1 << 20
+"""How many of the last sequence numbers are known as our own in what another channel hears."""
+_MIGRATIONS = 64
+"""How many MIGRATEs are remembered until their broadcast is heard on another channel."""
+SPD_BROADCASTS = frozenset(
+    (
+        MessageType.SPDADD,
+        MessageType.SPDUPDATE,
+        MessageType.SPDDELETE,
+        MessageType.SPDDELETE2,
+        MessageType.SPDFLUSH,
+        MessageType.SPDEXPIRE,
+        MessageType.SPDSETIDX,
+        MessageType.MIGRATE,
+    )
+)
+"""What tells everybody that the SPD changed."""
 
 
 # Type, errno, seq and pid of struct sadb_msg.
 _HEADER = {"little": Struct("<xBB5xII"), "big": Struct(">xBB5xII")}
+_HEADER_SIZE = 16
 
 
 class Request:
     """One request under way: what was sent, and what came back."""
 
-    __slots__ = ("_batches", "count", "data", "dump", "error", "last", "message", "replies", "sent")
+    __slots__ = ("_batches", "count", "data", "dump", "error", "last", "message", "owner", "replies", "seq", "type")
 
-    def __init__(self, message: Message) -> None:
+    def __init__(self, message: Message, data: bytes, seq: int) -> None:
         self.message = message
-        self.data = encode(message)
-        self.dump = message.type in DUMPS
+        self.data = data
+        self.seq = seq
+        self.type = message.type
+        self.dump = self.type in DUMPS
         self.replies: list[Message] = []
         """The answer, when it is no dump."""
         self.count = 0
@@ -47,7 +68,8 @@ class Request:
         """The count in the last part."""
         self._batches: list[Batch] = []
         self.error: PFKeyError | None = None
-        self.sent = False
+        self.owner: object = None
+        """Who waits for it; nobody any more once it is done."""
 
     @property
     def done(self) -> bool:
@@ -73,36 +95,105 @@ class Request:
         return f"<Request {describe(self.message)} seq={self.message.seq} {state}>"
 
 
+class Watch:
+    """What somebody who watches the SPD has not seen yet: messages, and whether a request of this side caused them."""
+
+    __slots__ = ("__weakref__", "limit", "lost", "queue", "stopped")
+
+    def __init__(self, limit: int = _EVENTS) -> None:
+        self.limit = limit
+        self.queue: deque[tuple[Message, bool]] = deque()
+        self.lost = 0
+        """Messages dropped because the queue was full."""
+        self.stopped = False
+
+
 class Conversation:
     """One side of a PF_KEY connection.
 
     Give what arrives to `receive`; it ends up in a Request, or among the events.  A reply belongs to a request when
     pid, seq and type agree and it names the same selector or SPI: processes of different containers can share a pid,
     and Linux sends every acknowledgement to every socket.
+
+    `asking` is the conversation of another channel of the same connection, whose requests are not news here.
     """
 
-    def __init__(self, abi: Abi, *, pid: int | None = None, first_seq: int | None = None) -> None:
+    def __init__(
+        self, abi: Abi, *, pid: int | None = None, first_seq: int | None = None, asking: Conversation | None = None
+    ) -> None:
         self.abi = abi
+        self._asking = asking
         self.pid = os.getpid() if pid is None else pid
+        self._read_header = _HEADER[abi.byteorder].unpack_from
         self._seq = int.from_bytes(os.urandom(4), "little") if first_seq is None else first_seq - 1
         self._pending: dict[int, Request] = {}
         self._ended: OrderedDict[int, MessageType | int] = OrderedDict()
+        self._issued = 0
+        self._migrations: dict[int, Message] = {}
         self._events: deque[Message] = deque(maxlen=_EVENTS)
-        self.lost_events = 0
-        """Events dropped because nobody took them."""
+        self._events_wanted = False
+        self._events_dropped = 0
+        self._watches: tuple[weakref.ref[Watch], ...] = ()
+        self._watches_lost = 0
         self.undecodable = 0
         """Datagrams that were no message and answered no request."""
 
+    @property
+    def lost_events(self) -> int:
+        """Messages that came faster than somebody who reads events, or watches, took them."""
+        return self._watches_lost + (self._events_dropped if self._events_wanted else 0)
+
+    @property
+    def pending(self) -> int:
+        """How many requests are under way."""
+        return len(self._pending)
+
+    @property
+    def has_events(self) -> bool:
+        """Whether `take_events` would give any."""
+        return bool(self._events)
+
     def request(self, message: Message) -> Request:
         """Register a request: `data` of the result is what to send."""
-        request = Request(message.replace(seq=self._next_seq(), pid=self.pid))
-        self._pending[request.message.seq] = request
+        request = self.prepare(message, self.next_seq())
+        self.begin(request)
         return request
+
+    def next_seq(self) -> int:
+        """A sequence number that nothing under way or remembered has."""
+        while True:
+            self._issued = min(self._issued + 1, _OWN)
+            self._seq = (self._seq + 1) & 0xFFFFFFFF
+            if self._seq and self._seq not in self._pending and self._seq not in self._ended:
+                return self._seq
+
+    def prepare(self, message: Message, seq: int) -> Request:
+        """A request that is not registered yet.
+
+        One that the wire cannot carry has its EncodeError already, and is not to be sent.
+        """
+        message = message.replace(seq=seq, pid=self.pid)
+        try:
+            return Request(message, encode(message), seq)
+        except EncodeError as error:
+            request = Request(message, b"", seq)
+            request.error = error
+            return request
+
+    def begin(self, request: Request) -> None:
+        """Register it: what answers it is not an event any more."""
+        self._pending[request.seq] = request
+        if request.type == MessageType.MIGRATE:
+            self._migrations[request.seq] = request.message
+            if len(self._migrations) > _MIGRATIONS:
+                del self._migrations[next(iter(self._migrations))]
 
     def end(self, request: Request) -> None:
         """The request is over, answered or given up; what still arrives for it is dropped."""
-        if self._pending.pop(request.message.seq, None) is not None:
-            self._ended[request.message.seq] = request.message.type
+        if request.error is not None:
+            self._migrations.pop(request.seq, None)
+        if self._pending.pop(request.seq, None) is not None:
+            self._ended[request.seq] = request.type
             while len(self._ended) > _REMEMBERED:
                 self._ended.popitem(last=False)
 
@@ -112,15 +203,22 @@ class Conversation:
             message = decode(data, self.abi)
         except DecodeError as error:
             return self._undecodable(data, error)
-        request = self._request_of(message)
+        _, errno, seq, pid = self._read_header(data)
+        kind = message.type
+        request = self._request_of(message, kind, errno, seq, pid)
         if request is not None:
             self._answer(request, message, data)
-            return request
-        if self._is_late(message):
+            own = True
+        elif self._is_late(kind, errno, seq, pid):
             log.debug("late, or a second copy: %r", message)
+            own = True
         else:
-            self._note_event(message)
-        return None
+            own = self._asking is not None and self._asking.is_ours(message)
+            if not own:
+                self._note_event(message)
+        if self._watches and not errno and kind in SPD_BROADCASTS:
+            self._show(message, own)
+        return request
 
     def receive_batch(self, batch: Batch) -> list[Request]:
         """Take what arrived together; returns the requests it belongs to.
@@ -135,9 +233,9 @@ class Conversation:
 
     def _continued(self, dump: Request, batch: Batch) -> int | None:
         """The count in the last of these messages when all of them are the next parts of this dump."""
-        if not batch.lengths or min(batch.lengths) < _HEADER[self.abi.byteorder].size:
+        if not batch.lengths or min(batch.lengths) < _HEADER_SIZE:
             return None
-        read = _HEADER[self.abi.byteorder].unpack_from
+        read = self._read_header
         wanted = (int(dump.message.type), 0, self.pid)
         start, seq = 0, dump.last
         for number, length in enumerate(batch.lengths, dump.count + 1):
@@ -150,14 +248,48 @@ class Conversation:
         return seq
 
     def is_ours(self, message: Message) -> bool:
-        """Whether a request of this conversation caused it (asked about what a second channel hears)."""
-        return message.pid == self.pid and (message.seq in self._pending or message.seq in self._ended)
+        """Whether a request of this conversation caused it.
+
+        Asked about what a second channel hears, by whatever thread reads that: it takes no lock, for all it looks at
+        changes in one step.
+        """
+        if message.pid == self.pid:
+            return (self._seq - message.seq) & 0xFFFFFFFF < self._issued
+        if message.type != MessageType.MIGRATE or message.pid or not self.abi.migrate_answers_seq_zero:
+            return False
+        for seq, asked in list(self._migrations.items()):
+            if _same_subject(asked, message):
+                return self._migrations.pop(seq, None) is not None
+        return False
 
     def take_events(self) -> list[Message]:
         """The events so far, oldest first; they are handed out once."""
+        self._events_wanted = True
         events = list(self._events)
         self._events.clear()
         return events
+
+    def watch(self) -> Watch:
+        """From now on keep what tells that the SPD changed, whoever caused it: until `unwatch`, or while it is held."""
+        watch = Watch()
+        self._watches += (weakref.ref(watch),)
+        return watch
+
+    def unwatch(self, watch: Watch) -> None:
+        """Keep no more for it."""
+        self._watches = tuple(one for one in self._watches if one() not in (watch, None))
+
+    def _show(self, message: Message, own: bool) -> None:
+        for one in self._watches:
+            watch = one()
+            if watch is None:
+                self._watches = tuple(another for another in self._watches if another() is not None)
+                continue
+            if len(watch.queue) >= watch.limit:
+                watch.queue.popleft()
+                watch.lost += 1
+                self._watches_lost += 1
+            watch.queue.append((message, own))
 
     def give_up(self, request: Request, error: PFKeyError) -> None:
         """No more is expected: a dump that stopped half-way was cut, anything else is answered by `error`."""
@@ -171,51 +303,45 @@ class Conversation:
 
     # Whose is it?
 
-    def _next_seq(self) -> int:
-        while True:
-            self._seq = (self._seq + 1) & 0xFFFFFFFF
-            if self._seq and self._seq not in self._pending and self._seq not in self._ended:
-                return self._seq
-
-    def _request_of(self, message: Message) -> Request | None:
-        if message.type in DUMPS:
-            return self._dump_of(message)
-        if message.type == MessageType.MIGRATE and self.abi.migrate_answers_seq_zero and not message.errno:
+    def _request_of(self, message: Message, kind: MessageType | int, errno: int, seq: int, pid: int) -> Request | None:
+        if kind in DUMPS:
+            return self._dump_of(kind, pid)
+        if kind == MessageType.MIGRATE and self.abi.migrate_answers_seq_zero and not errno:
             return self._migration_of(message)
-        if message.pid != self.pid:
+        if pid != self.pid:
             return None
-        if self._answers_without_seq(message):
+        if self._answers_without_seq(kind, seq):
             return self._look_up_of(message)
-        request = self._pending.get(message.seq)
-        if request is None or not self._type_answers(request.message.type, message):
+        request = self._pending.get(seq)
+        if request is None or not self._type_answers(request.type, kind, errno):
             return None
-        return request if message.errno or _same_subject(request.message, message) else None
+        return request if errno or _same_subject(request.message, message) else None
 
-    def _type_answers(self, asked: MessageType | int, message: Message) -> bool:
-        if message.type == asked:
+    def _type_answers(self, asked: MessageType | int, kind: MessageType | int, errno: int) -> bool:
+        if kind == asked:
             return True
         return (
             self.abi.setidx_answers_spdadd
             and asked == MessageType.SPDSETIDX
-            and message.type == MessageType.SPDADD
-            and not message.errno
+            and kind == MessageType.SPDADD
+            and not errno
         )
 
-    def _dump_of(self, message: Message) -> Request | None:
+    def _dump_of(self, kind: MessageType | int, pid: int) -> Request | None:
         """Parts of a dump carry a count where the seq would be; there is one dump of a type at a time."""
-        if message.pid != self.pid:
+        if pid != self.pid:
             return None
-        return next((one for one in self._pending.values() if one.message.type == message.type), None)
+        return next((one for one in self._pending.values() if one.type == kind), None)
 
     def _migration_of(self, message: Message) -> Request | None:
         """Linux answers MIGRATE with seq 0 and pid 0: only what it names tells whose it is."""
         for request in self._pending.values():
-            if request.message.type == MessageType.MIGRATE and _same_subject(request.message, message):
+            if request.type == MessageType.MIGRATE and _same_subject(request.message, message):
                 return request
         return None
 
-    def _answers_without_seq(self, message: Message) -> bool:
-        return self.abi.spdget_may_answer_seq_zero and message.type == MessageType.SPDGET and not message.seq
+    def _answers_without_seq(self, kind: MessageType | int, seq: int) -> bool:
+        return self.abi.spdget_may_answer_seq_zero and kind == MessageType.SPDGET and not seq
 
     def _look_up_of(self, message: Message) -> Request | None:
         """Only the id in an answer to SPDGET with seq 0 tells whose it is; its errors carry the request's seq."""
@@ -225,16 +351,16 @@ class Conversation:
                 return request
         return None
 
-    def _is_late(self, message: Message) -> bool:
-        if message.type in DUMPS or self._answers_without_seq(message):
-            return message.pid == self.pid  # sent to who asked alone: this belongs to one given up
-        if message.pid != self.pid or message.seq not in self._ended:
+    def _is_late(self, kind: MessageType | int, errno: int, seq: int, pid: int) -> bool:
+        if pid != self.pid:
             return False
-        return self._type_answers(self._ended[message.seq], message)
+        if kind in DUMPS or self._answers_without_seq(kind, seq):
+            return True  # sent to who asked alone: this belongs to one given up
+        return seq in self._ended and self._type_answers(self._ended[seq], kind, errno)
 
     def _note_event(self, message: Message) -> None:
         if len(self._events) == _EVENTS:
-            self.lost_events += 1
+            self._events_dropped += 1
         self._events.append(message)
 
     def _undecodable(self, data: bytes, error: DecodeError) -> Request | None:
@@ -242,7 +368,7 @@ class Conversation:
             seq = int.from_bytes(data[8:12], self.abi.byteorder)
             pid = int.from_bytes(data[12:16], self.abi.byteorder)
             request = self._pending.get(seq)
-            if request is not None and pid == self.pid and data[1] == request.message.type:
+            if request is not None and pid == self.pid and data[1] == request.type:
                 request.error = error
                 return request
         self.undecodable += 1
@@ -298,10 +424,12 @@ def _same_subject(asked: Message, reply: Message) -> bool:
     """Whether a reply is about what was asked: a policy's selector and direction, an SA's SPI and end points."""
     if asked.satype != reply.satype:
         return False
-    if asked.policy is not None:
-        if reply.policy is not None and asked.type in _BY_ID:
-            return asked.policy.id == reply.policy.id
-        if reply.policy is not None and reply.policy.direction != asked.policy.direction:
+    wanted = asked.policy
+    if wanted is not None:
+        policy = reply.policy
+        if policy is not None and asked.type in _BY_ID:
+            return wanted.id == policy.id
+        if policy is not None and policy.direction != wanted.direction:
             return False
         return all(_same_side(asked.get(kind), reply.get(kind), whole=True) for kind in _PREFIXED)
     if asked.spi is not None and reply.spi is not None and asked.spi != reply.spi:

@@ -258,7 +258,7 @@ def test_control_c_leaves_nothing_pending(faulty: FaultyChannel) -> None:
     faulty.faults.append(Fault(ADD, interrupts))
     with pytest.raises(KeyboardInterrupt):
         kernel.add_policy(POLICY)
-    assert kernel._conversation._pending == {}
+    assert kernel._link.conversation._pending == {}
     assert len(kernel.dump_policies()) == 1
     assert list(kernel.events(timeout=0)) == []
 

@@ -1,0 +1,267 @@
+"""What both faces of a connection do alike: room for answers, sending, receiving, and errors in words."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections import deque
+from collections.abc import Iterable
+from typing import cast
+
+from .abi import Abi
+from .channel import Channel, in_flight, receive_batch, receive_many, send_many
+from .codec import Message
+from .constants import MessageType
+from .conversation import DUMPS, Conversation, Request
+from .errors import ChannelClosed, DumpOverflow, KernelError, NotSupported, PFKeyError, ReplyTimeout, kernel_error
+from .tables import Batch, Messages
+from .typed import describe
+
+__all__ = [
+    "DUMP_TRIES",
+    "Room",
+    "answer",
+    "answerable",
+    "closed",
+    "feed",
+    "is_dump",
+    "overflowed",
+    "parts",
+    "receive",
+    "send",
+    "timed_out",
+]
+
+log = logging.getLogger("pfkey.kernel")
+
+DUMP_TRIES = 4
+"""How often an incomplete dump is asked for, each time with a larger receive buffer."""
+
+_OTHERWISE: dict[MessageType | int, str] = {
+    MessageType.ACQUIRE: "no kernel answers an ACQUIRE; use send()",
+    MessageType.DUMP: "the answer to a DUMP has many parts; use dump()",
+    MessageType.SPDDUMP: "the answer to an SPDDUMP has many parts; use dump()",
+}
+_GONE = (errno.EBADF, errno.EPIPE, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED)
+
+
+class Room:
+    """How many requests may be under way at once, so that the receive buffer holds all their answers.
+
+    First come, first served.  A connection has one dump at a time: its parts name no request, and Linux answers EBUSY
+    to a second one of any type.  Linux fills up to two thirds of the buffer with it, so half of the room is kept free
+    meanwhile.  A kernel that counts down queues all parts at once and drops in silence what does not fit, answers of
+    others too: nothing else is sent while its dump is under way, and it is not asked for one while somebody who has
+    room has not sent yet.
+
+    Every change is one step, and `leave` may be said twice, so that an interrupt leaves nothing behind.
+    """
+
+    __slots__ = ("_admitted", "_channel", "_dumper", "_dumps", "_floods", "_requests", "_unsent")
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._floods = channel.abi.dump_counts_down
+        self._requests: dict[object, None] = {}
+        self._dumps: dict[object, None] = self._requests if self._floods else {}
+        self._unsent: dict[object, None] = {}
+        self._admitted: dict[object, int] = {}
+        self._dumper: object | None = None
+
+    @property
+    def dumping(self) -> bool:
+        """Whether a dump is under way."""
+        return self._dumper is not None
+
+    def enter(self, who: object, wanted: int, *, dump: bool) -> int:
+        """How many requests `who` may have under way now; when 0 it is to ask again as soon as `next` names it."""
+        queue = self._dumps if dump else self._requests
+        granted = self._granted(wanted, dump=dump) if not queue or next(iter(queue)) is who else 0
+        if not granted:
+            queue[who] = None
+            return 0
+        queue.pop(who, None)
+        self._unsent[who] = None
+        self._admitted[who] = max(1, in_flight(self._channel) // 2) if dump else granted
+        if dump:
+            self._dumper = who
+        return granted
+
+    def _granted(self, wanted: int, *, dump: bool) -> int:
+        if dump:
+            return int(self._dumper is None and not (self._floods and self._unsent))
+        if self._dumper is not None and self._floods:
+            return 0
+        if not self._admitted:
+            return min(wanted, in_flight(self._channel))
+        room = in_flight(self._channel) - sum(self._admitted.values())
+        # However small the buffer is, there is always one request under way beside a dump.
+        return min(wanted, room) if room > 0 else int(len(self._admitted) == 1 and self._dumper is not None)
+
+    def sent(self, who: object) -> None:
+        """Its requests are with the kernel."""
+        self._unsent.pop(who, None)
+
+    def keep(self, who: object, count: int) -> None:
+        """Only so many of its requests are still under way."""
+        if who is not self._dumper:
+            self._admitted[who] = count
+
+    def leave(self, who: object) -> None:
+        """Nothing of it is under way, and it waits no more."""
+        self._unsent.pop(who, None)
+        self._requests.pop(who, None)
+        self._dumps.pop(who, None)
+        self._admitted.pop(who, None)
+        if self._dumper is who:
+            self._dumper = None
+
+    @property
+    def awaited(self) -> bool:
+        """Whether anybody waits."""
+        return bool(self._requests or self._dumps)
+
+    @property
+    def next(self) -> list[object]:
+        """Who is to ask again now that there is more room."""
+        return [next(iter(queue)) for queue in (self._requests, self._dumps) if queue]
+
+
+def answerable(messages: Iterable[Message]) -> list[Message]:
+    """The messages, each of which has one answer; raises NotSupported for one that is to be sent in another way."""
+    waiting = list(messages)
+    for message in waiting:
+        if message.type in _OTHERWISE:
+            raise NotSupported(_OTHERWISE[message.type])
+    return waiting
+
+
+def answer(request: Request) -> Message | PFKeyError:
+    """What came of a request that is done."""
+    return request.error or request.replies[0]
+
+
+def parts(dump: Request) -> Messages:
+    """What a dump gave; an empty database answers ENOENT."""
+    if dump.error is not None and not (isinstance(dump.error, KernelError) and dump.error.name == "ENOENT"):
+        raise dump.error
+    return dump.parts()
+
+
+def is_dump(message: Message) -> bool:
+    """Whether its answer has many parts."""
+    return message.type in DUMPS
+
+
+def left_behind(request: Request) -> bool:
+    """Whether parts of a dump may still come that nobody waits for: they must not be taken for those of the next."""
+    return request.error is not None or not request.done
+
+
+def overflowed(dump: Request) -> bool:
+    """Whether a dump may be had whole with a larger receive buffer."""
+    return isinstance(dump.error, DumpOverflow)
+
+
+# The channel.
+
+
+def send(channel: Channel, requests: Iterable[Request]) -> list[Request]:
+    """Send all; those whose send failed, which have their error now.  The others go on."""
+    failures: list[Request] = []
+    waiting = deque(request for request in requests if request.error is None)
+    while waiting:
+        try:
+            if len(waiting) == 1:
+                channel.send(waiting[0].data)
+                sent = 1
+            else:
+                sent = send_many(channel, [request.data for request in waiting])
+        except OSError as error:
+            failed = waiting.popleft()
+            failed.error = _send_error(failed, error, channel.abi)
+            failures.append(failed)
+            if isinstance(failed.error, ChannelClosed):
+                for request in waiting:
+                    request.error = ChannelClosed(str(failed.error), request=request.message)
+                return failures + list(waiting)
+        else:
+            for _ in range(sent):
+                waiting.popleft()
+    return failures
+
+
+def _send_error(request: Request, error: OSError, abi: Abi) -> PFKeyError:
+    doing = describe(request.message)
+    if isinstance(error, ChannelClosed) or error.errno in _GONE:
+        return ChannelClosed(f"{doing} was not sent: {error}", request=request.message)
+    number, name = _error_name(error, abi)
+    unknown = name == "ENOBUFS"
+    advice = (
+        "the receive buffer was full, and the kernel may have done it all the same: read before trying again"
+        if unknown
+        else "the kernel did not look at it"
+    )
+    result = kernel_error(doing, name, number, request=request.message, advice=advice)
+    result.outcome_unknown = unknown
+    return result
+
+
+def _error_name(error: OSError, abi: Abi) -> tuple[int, str]:
+    """This kernel's number and the name: a channel to another system may give either system's number."""
+    number = error.errno or 0
+    name = getattr(error, "name", "") or errno.errorcode.get(number, "")
+    if name in abi.error_numbers:
+        return abi.error_numbers[name], name
+    return number, abi.error_name(number)
+
+
+def receive(channel: Channel, limit: int, timeout: float, *, dump: bool) -> list[bytes | Batch] | None:
+    """What is there: up to `limit` messages, or, of a dump, a batch that may lie where the kernel put it.
+
+    None says that the kernel reported a loss.  Raises ChannelClosed, and whatever else the channel raises.
+    """
+    try:
+        if dump:
+            batch = receive_batch(channel, limit, timeout)
+            return [batch] if batch.lengths else []
+        return cast("list[bytes | Batch]", receive_many(channel, limit, timeout))
+    except ChannelClosed:
+        raise
+    except OSError as error:
+        if error.errno in _GONE:
+            raise ChannelClosed(f"reading from {channel.abi} failed: {error}") from error
+        if _error_name(error, channel.abi)[1] == "ENOBUFS":
+            # FreeBSD 14 with SO_RERROR: something was lost.  Whoever misses it times out, or finds a gap.
+            log.warning("the receive buffer of %s was full; messages were lost", channel.abi)
+            return None
+        raise
+
+
+def feed(conversation: Conversation, arrived: bytes | Batch) -> Iterable[Request]:
+    """Give the conversation what `receive` gave; the requests that got something."""
+    if isinstance(arrived, Batch):
+        return conversation.receive_batch(arrived)
+    request = conversation.receive(arrived)
+    return () if request is None else (request,)
+
+
+# What went wrong, in words.
+
+
+def timed_out(request: Request, seconds: float) -> ReplyTimeout:
+    """Nothing came for so long."""
+    return ReplyTimeout(
+        f"{describe(request.message)}: no answer from {request.message.abi} in {seconds:g} seconds;"
+        " whether it was done is not known: read before trying again",
+        request=request.message,
+    )
+
+
+def closed(requests: Iterable[Request], why: object, *, sent: bool) -> None:
+    """Those of them that are not done end with ChannelClosed."""
+    for request in requests:
+        if not request.done:
+            doing = describe(request.message)
+            text = f"{doing} was sent, then the channel closed: {why}" if sent else f"{doing} was not sent: {why}"
+            request.error = ChannelClosed(text, request=request.message)
