@@ -181,8 +181,11 @@ class AsyncPolicyTracker:
         """Read all policies, compare them with what should be there, and put right what differs."""
         me = asyncio.current_task()
         self._tracking.must_be_free(me, "resync()")
+        return await self._resync(by_hand=True)
+
+    async def _resync(self, *, by_hand: bool) -> tuple[Difference, ...]:
         async with self._in_order:
-            return await self._run(self._tracking.resync())
+            return await self._run(self._tracking.resync(by_hand=by_hand))
 
     def watch(self, interval: float = 60.0) -> AsyncWatch:
         """Follow the kernel's broadcasts in a task of the running loop, and put right what others change."""
@@ -378,7 +381,7 @@ class AsyncWatch:
 
     async def _compare(self) -> None:
         try:
-            self.differences += await self._tracker.resync()
+            self.differences += await self._tracker._resync(by_hand=False)
         except ChannelClosed:
             raise
         except PFKeyError as error:

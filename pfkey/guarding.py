@@ -12,7 +12,19 @@ from .guards import Guard, alias_selectors, filler_policies, guard_policies
 from .messages import Policy
 from .tracker import Image, Step, image_text
 from .typed import policy_from, policy_message
-from .work import ENTER, Ask, Dump, Steps, StoredOtherwise, Work, drop_leftovers, say_more, uncertain, without
+from .work import (
+    ENTER,
+    Ask,
+    Steps,
+    StoredOtherwise,
+    Work,
+    drop_leftovers,
+    dump,
+    say_more,
+    standing_guards,
+    uncertain,
+    without,
+)
 
 __all__ = ["plan_guard", "stand_guards"]
 
@@ -89,7 +101,15 @@ def stand_guards(book: Book, works: Sequence[Work]) -> Steps:
             tries.append((work, guard, candidates))
         replies = yield Ask([policy_message(MessageType.SPDADD, guard, book.abi) for _, guard, _ in tries])
         waiting = []
+        doubtful = [
+            guard
+            for (_, guard, _), reply in zip(tries, replies, strict=True)
+            if isinstance(reply, PFKeyError) and uncertain(reply)
+        ]
+        standing = (yield from standing_guards(book, doubtful)) or []
         for (work, guard, candidates), reply in zip(tries, replies, strict=True):
+            if guard in standing:
+                continue  # FreeBSD says ENOBUFS after the work when a receive buffer is full, up to 11 anybody's
             if not isinstance(reply, PFKeyError):
                 asked, stored = book.image(guard), book.image(policy_from(reply))
                 if stored != asked:
@@ -146,7 +166,7 @@ def _look_for_strangers(book: Book, works: Sequence[Work]) -> Steps:
     ):
         return
     try:
-        rows = yield Dump()
+        rows = yield from dump(book)
     except (PFKeyError, OSError) as error:
         log.warning("other policies could not be read, so priorities that get stronger are guarded: %s", error)
         book.see_strangers(None)

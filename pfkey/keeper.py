@@ -232,11 +232,15 @@ class PolicyTracker:
         """Read all policies, compare them with what should be there, and put right what differs.
 
         Returns the differences, what was done about each included.  Guards that a dead process left are seen to as
-        well.  Raises PFKeyError when the policies cannot be read; what cannot be put right is told in its difference.
+        well, and what was contested is ours again.  Raises PFKeyError when the policies cannot be read; what cannot be
+        put right is told in its difference.
         """
         self._tracking.must_be_free(threading.get_ident(), "resync()")
+        return self._resync(by_hand=True)
+
+    def _resync(self, *, by_hand: bool) -> tuple[Difference, ...]:
         with self._in_order:
-            return self._run(self._tracking.resync())
+            return self._run(self._tracking.resync(by_hand=by_hand))
 
     def watch(self, interval: float = 60.0) -> Watch:
         """Follow the kernel's broadcasts in a thread, and put right what others change, within one event.
@@ -251,7 +255,7 @@ class PolicyTracker:
             watch.note(self._heal(message))
 
         def compare() -> None:
-            watch.note_resync(self.resync())
+            watch.note_resync(self._resync(by_hand=False))
 
         start(watch, self._kernel, heal_one, compare, lambda: self._written)
         return watch

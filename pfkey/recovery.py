@@ -18,7 +18,7 @@ from .guards import Kind, Tag, read_tag, real_selector, tag_lifetime
 from .messages import Policy, Selector
 from .tracker import Installed, State
 from .typed import PolicyRow, policy_message
-from .work import Ask, Dump, Rows, Steps, uncertain
+from .work import Ask, Rows, Steps, dump, uncertain
 
 __all__ = ["AT_WORK", "real_of", "recover", "see_to_guards"]
 
@@ -35,7 +35,7 @@ _WITHOUT_SCOPES = 8
 def recover(book: Book) -> Steps:
     """Read all policies once: note what is ours from a former life, and see to guards that nobody looks after."""
     try:
-        rows = yield Dump()
+        rows = yield from dump(book)
     except (PFKeyError, OSError) as error:
         log.warning("the kernel was not searched for guards of a former process: %s", error)
         return

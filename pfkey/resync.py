@@ -15,7 +15,7 @@ from .recovery import real_of, see_to_guards
 from .settle import settle
 from .tracker import Installed, State, TrackedPolicy, image_text
 from .typed import PolicyRow
-from .work import ENTER, Change, Dump, Rows, Run, Work, is_entry, read
+from .work import ENTER, Change, Rows, Run, Work, dump, is_entry, read
 
 __all__ = ["Difference", "compare", "resync", "sweep"]
 
@@ -38,10 +38,13 @@ class Difference:
         return f"{self.direction.name.lower()} {self.selector}: believed {self.believed}, found {self.found}; {done}"
 
 
-def resync(book: Book, everything: Sequence[TrackedPolicy]) -> Run[tuple[Difference, ...]]:
-    """Read the whole SPD once; every policy that is not what it should be goes through the table."""
+def resync(book: Book, everything: Sequence[TrackedPolicy], *, by_hand: bool) -> Run[tuple[Difference, ...]]:
+    """Read the whole SPD once; every policy that is not what it should be goes through the table.
+
+    One that is contested is left as it is, unless somebody asks for this `by_hand`.
+    """
     yield ENTER
-    rows = yield Dump()
+    rows = yield from dump(book)
     yield from see_to_guards(book, rows)
     book.recovered = True
     before = {tracked: tracked.installed for tracked in everything}
@@ -51,10 +54,12 @@ def resync(book: Book, everything: Sequence[TrackedPolicy]) -> Run[tuple[Differe
         for tracked in everything
         if tracked in differing or tracked.leftover or not (tracked.holds_top() or _lingers(tracked))
     ]
-    for work in works:
-        troubles = work.tracked.troubles
-        if troubles is not None and troubles.contested:
-            troubles.contested, troubles.strikes = False, []
+    if by_hand:
+        for tracked in everything:
+            if tracked.troubles is not None:
+                tracked.troubles.contested, tracked.troubles.strikes = False, []
+    else:
+        works = [work for work in works if not (work.tracked.troubles is not None and work.tracked.troubles.contested)]
     found = {work.tracked: work.tracked.installed for work in works}
     if works:
         yield from settle(book, works)
@@ -126,7 +131,7 @@ def sweep(book: Book) -> Run[list[TrackedPolicy]]:
     The policies that were taken in are returned.
     """
     yield ENTER
-    rows = yield Dump()
+    rows = yield from dump(book)
     yield from see_to_guards(book, rows)
     book.recovered = True
     wanted: dict[TrackedPolicy, Policy] = {}

@@ -185,12 +185,12 @@ class Tracking:
         finally:
             self._end(mine)
 
-    def resync(self) -> Run[tuple[Difference, ...]]:
+    def resync(self, *, by_hand: bool = True) -> Run[tuple[Difference, ...]]:
         """Compare all with the kernel and put right what differs."""
         mine = Transaction(sweep=False)
         try:
             yield from self._seize_all(mine)
-            return (yield from resync(self.book, list(mine)))
+            return (yield from resync(self.book, list(mine), by_hand=by_hand))
         finally:
             self._end(mine)
 

@@ -37,11 +37,13 @@ __all__ = [
     "StoredOtherwise",
     "Work",
     "drop_leftovers",
+    "dump",
     "get",
     "is_entry",
     "policy_of",
     "read",
     "say_more",
+    "standing_guards",
     "start",
     "take",
     "uncertain",
@@ -314,8 +316,15 @@ def drop_leftovers(book: Book, works: Iterable[Work]) -> Steps:
         bare = Policy(guard.direction, guard.selector, guard.action)
         messages.append(policy_message(MessageType.SPDDELETE, bare, book.abi))
     replies = yield Ask(messages)
+    doubtful = [
+        guard
+        for (_, guard), reply in zip(going, replies, strict=True)
+        if isinstance(reply, PFKeyError) and uncertain(reply)
+    ]
+    standing = yield from standing_guards(book, doubtful)
     for (work, guard), reply in zip(going, replies, strict=True):
         gone = isinstance(reply, KernelError) and not uncertain(reply) and reply.name == book.abi.absent_policy_error
+        gone |= guard in doubtful and standing is not None and guard not in standing
         if gone or not isinstance(reply, PFKeyError):
             without(work.tracked, guard)
             continue
@@ -323,6 +332,24 @@ def drop_leftovers(book: Book, works: Iterable[Work]) -> Steps:
         note = f"its guard {guard.selector} could not be deleted and stays until the next call: {reply}"
         if note not in work.notes:
             work.notes.append(note)
+
+
+def standing_guards(book: Book, doubtful: Sequence[Policy]) -> Run[list[Policy] | None]:
+    """Which of these guards are in the kernel, after answers that left it open; None when it cannot be read."""
+    if not doubtful:
+        return []
+    try:
+        rows = yield from dump(book)
+    except (PFKeyError, OSError) as error:
+        log.warning("guards could not be looked for: %s", error)
+        return None
+    wanted = {(int(guard.direction), guard.selector.identity) for guard in doubtful}
+    found = {
+        (int(policy.direction), policy.selector)
+        for number, row in enumerate(rows.numbers)
+        if (row.direction, row.identity) in wanted and (policy := rows.policies[number])
+    }
+    return [guard for guard in doubtful if (int(guard.direction), guard.selector) in found]
 
 
 def without(tracked: TrackedPolicy, guard: Policy) -> None:
@@ -371,7 +398,7 @@ def read(book: Book, doubtful: Sequence[TrackedPolicy]) -> Run[dict[TrackedPolic
         if not missing:
             break
         try:
-            rows = yield Dump()
+            rows = yield from dump(book)
             missing = yield from _match(book, missing, rows)
         except (PFKeyError, OSError) as error:
             log.warning("the policies could not be read: %s", error)
@@ -383,6 +410,16 @@ def read(book: Book, doubtful: Sequence[TrackedPolicy]) -> Run[dict[TrackedPolic
     for tracked in missing:
         book.read(tracked, None)
     return unread
+
+
+def dump(book: Book) -> Run[Rows]:
+    """All policies, without those that are dead already."""
+    rows: Rows = yield Dump()
+    if not book.abi.dump_lists_dead or not rows.numbers:
+        return rows
+    found = yield from get(book, [row.id for row in rows.numbers])
+    alive = [number for number, policy in enumerate(found) if policy is not None]
+    return Rows([rows.numbers[number] for number in alive], [rows.policies[number] for number in alive])
 
 
 def _match(book: Book, missing: list[TrackedPolicy], rows: Rows) -> Run[list[TrackedPolicy]]:
