@@ -134,12 +134,29 @@ class Link:
         done: list[Request] = []
         while len(done) < len(messages):
             waiter = _Waiter(timeout)
-            try:
-                self._exchange(waiter, messages, len(done))
-            finally:
-                self._leave(waiter)
+            self._guarded(waiter, self._exchange, messages, len(done))
             done += waiter.requests
         return done
+
+    def _guarded(self, waiter: _Waiter, step: Callable[..., None], *rest: object) -> None:
+        """Do this, and clear away what is left of the waiter then; an interrupt meanwhile is raised afterwards.
+
+        The interpreter looks for signals when a function is called, begins, or a loop begins again: between the end of
+        the step and the inner `try` there is no such place, and in the latter an interrupt only makes it begin anew.
+        """
+        try:
+            step(waiter, *rest)
+        finally:
+            interrupt: KeyboardInterrupt | None = None
+            while True:
+                try:
+                    with self._lock:
+                        self._clear(waiter)
+                    break
+                except KeyboardInterrupt as error:
+                    interrupt = error
+            if interrupt is not None:
+                raise interrupt
 
     def _exchange(self, waiter: _Waiter, messages: Sequence[Message], start: int) -> None:
         dump = is_dump(messages[start])
@@ -212,19 +229,6 @@ class Link:
                     self._lead = waiter
         while self._read(_AT_ONCE, 0.0):
             pass
-
-    def _leave(self, waiter: _Waiter) -> None:
-        """Clear away what is left of it; an interrupt meanwhile is raised when that is done."""
-        interrupt: KeyboardInterrupt | None = None
-        while True:
-            try:
-                with self._lock:
-                    self._clear(waiter)
-                break
-            except KeyboardInterrupt as error:
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt
 
     def _clear(self, waiter: _Waiter) -> None:
         """May be done again from the start, when it was interrupted."""
@@ -351,12 +355,13 @@ class Link:
 
     def take_events(self, timeout: float | None) -> list[Message]:
         """The events since the last time; when there are none, waits up to `timeout` seconds for some."""
-        self._listen(_Waiter(timeout, lambda: self.conversation.has_events))
+        self._guarded(_Waiter(timeout, lambda: self.conversation.has_events), self._listen)
         with self._lock:
             return self.conversation.take_events()
 
     def watch(self) -> Watch:
-        """See Conversation.watch."""
+        """See Conversation.watch; what has arrived before does not count."""
+        self._guarded(_Waiter(0.0, lambda: False), self._listen)
         with self._lock:
             return self.conversation.watch()
 
@@ -372,19 +377,16 @@ class Link:
     def next_watched(self, watch: Watch, timeout: float | None) -> tuple[Message, bool] | None:
         """The next that the watch has; None when none came within `timeout` seconds, or when it was ended."""
         if not watch.queue:
-            self._listen(_Waiter(timeout, lambda: bool(watch.queue) or watch.stopped))
+            self._guarded(_Waiter(timeout, lambda: bool(watch.queue) or watch.stopped), self._listen)
         with self._lock:
             return watch.queue.popleft() if watch.queue else None
 
     def _listen(self, waiter: _Waiter) -> None:
         """Wait, and read for others meanwhile; raises ChannelClosed."""
-        try:
-            with self._lock:
-                if waiter.done:
-                    return
-                self._listeners[waiter] = None
-            self._await(waiter)
-            if self._closed and not waiter.done:
-                raise ChannelClosed(f"waiting for events of {self.channel.abi}: {self._closed}")
-        finally:
-            self._leave(waiter)
+        with self._lock:
+            if waiter.done:
+                return
+            self._listeners[waiter] = None
+        self._await(waiter)
+        if self._closed and not waiter.done:
+            raise ChannelClosed(f"waiting for events of {self.channel.abi}: {self._closed}")
