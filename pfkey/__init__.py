@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .abi import Abi
+    from .aio import AsyncKernel
     from .channel import Channel
     from .codec import Message, decode, encode
     from .constants import Action, Direction, ExtensionType, Level, MessageType, Mode, Rank, SAProtocol
@@ -38,6 +39,7 @@ __all__ = [
     "Abi",
     "Action",
     "Assignment",
+    "AsyncKernel",
     "Change",
     "Channel",
     "ChannelClosed",
@@ -77,6 +79,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "abi": ("Abi",),
+    "aio": ("AsyncKernel",),
     "channel": ("Channel",),
     "codec": ("Message", "decode", "encode"),
     "constants": ("Action", "Direction", "ExtensionType", "Level", "MessageType", "Mode", "Rank", "SAProtocol"),

@@ -107,6 +107,10 @@ class Watch:
         """Messages dropped because the queue was full."""
         self.stopped = False
 
+    def take(self) -> tuple[Message, bool] | None:
+        """The oldest, if there is one."""
+        return self.queue.popleft() if self.queue else None
+
 
 class Conversation:
     """One side of a PF_KEY connection.
@@ -268,6 +272,11 @@ class Conversation:
         events = list(self._events)
         self._events.clear()
         return events
+
+    def next_event(self) -> Message | None:
+        """The oldest event, if there is one."""
+        self._events_wanted = True
+        return self._events.popleft() if self._events else None
 
     def watch(self) -> Watch:
         """From now on keep what tells that the SPD changed, whoever caused it: until `unwatch`, or while it is held."""
