@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .abi import Abi
+    from .aio import AsyncKernel
     from .aio_tracker import AsyncPolicyTracker
     from .assignment import Assignment
     from .channel import Channel
@@ -40,6 +41,7 @@ __all__ = [
     "Abi",
     "Action",
     "Assignment",
+    "AsyncKernel",
     "AsyncPolicyTracker",
     "Change",
     "Channel",
@@ -81,6 +83,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "abi": ("Abi",),
+    "aio": ("AsyncKernel",),
     "channel": ("Channel",),
     "codec": ("Message", "decode", "encode"),
     "constants": ("Action", "Direction", "ExtensionType", "Level", "MessageType", "Mode", "Rank", "SAProtocol"),

@@ -107,6 +107,10 @@ class Watch:
         """Messages dropped because the queue was full."""
         self.stopped = False
 
+    def take(self) -> tuple[Message, bool] | None:
+        """The oldest, if there is one."""
+        return self.queue.popleft() if self.queue else None
+
 
 class Conversation:
     """One side of a PF_KEY connection.
@@ -269,6 +273,11 @@ class Conversation:
         self._events.clear()
         return events
 
+    def next_event(self) -> Message | None:
+        """The oldest event, if there is one."""
+        self._events_wanted = True
+        return self._events.popleft() if self._events else None
+
     def watch(self) -> Watch:
         """From now on keep what tells that the SPD changed, whoever caused it: until `unwatch`, or while it is held."""
         watch = Watch()
@@ -422,8 +431,6 @@ _BY_ID = (MessageType.SPDGET, MessageType.SPDDELETE2)
 
 def _same_subject(asked: Message, reply: Message) -> bool:
     """Whether a reply is about what was asked: a policy's selector and direction, an SA's SPI and end points."""
-    if asked.satype != reply.satype:
-        return False
     wanted = asked.policy
     if wanted is not None:
         policy = reply.policy
@@ -432,6 +439,8 @@ def _same_subject(asked: Message, reply: Message) -> bool:
         if policy is not None and policy.direction != wanted.direction:
             return False
         return all(_same_side(asked.get(kind), reply.get(kind), whole=True) for kind in _PREFIXED)
+    if asked.satype != reply.satype:  # of a policy it says nothing: Linux puts that of the template into MIGRATE's
+        return False
     if asked.spi is not None and reply.spi is not None and asked.spi != reply.spi:
         return False
     return all(_same_side(asked.get(kind), reply.get(kind), whole=False) for kind in _PREFIXED)

@@ -1,4 +1,4 @@
-"""What both faces of a connection do alike: room for answers, sending, receiving, and errors in words."""
+"""What both faces of a connection do alike: sending, receiving, reading answers, and errors in words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import cast
 
 from .abi import Abi
-from .channel import Channel, in_flight, receive_batch, receive_many, send_many
+from .channel import Channel, grow_receive_buffer, receive_batch, receive_many, send_many
 from .codec import Message
 from .constants import MessageType
 from .conversation import DUMPS, Conversation, Request
@@ -19,13 +19,13 @@ from .typed import describe
 
 __all__ = [
     "DUMP_TRIES",
-    "Room",
     "answer",
     "answerable",
     "closed",
     "feed",
     "is_dump",
-    "overflowed",
+    "is_to_be_repeated",
+    "left_behind",
     "parts",
     "receive",
     "send",
@@ -43,88 +43,6 @@ _OTHERWISE: dict[MessageType | int, str] = {
     MessageType.SPDDUMP: "the answer to an SPDDUMP has many parts; use dump()",
 }
 _GONE = (errno.EBADF, errno.EPIPE, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED)
-
-
-class Room:
-    """How many requests may be under way at once, so that the receive buffer holds all their answers.
-
-    First come, first served.  A connection has one dump at a time: its parts name no request, and Linux answers EBUSY
-    to a second one of any type.  Linux fills up to two thirds of the buffer with it, so half of the room is kept free
-    meanwhile.  A kernel that counts down queues all parts at once and drops in silence what does not fit, answers of
-    others too: nothing else is sent while its dump is under way, and it is not asked for one while somebody who has
-    room has not sent yet.
-
-    Every change is one step, and `leave` may be said twice, so that an interrupt leaves nothing behind.
-    """
-
-    __slots__ = ("_admitted", "_channel", "_dumper", "_dumps", "_floods", "_requests", "_unsent")
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._floods = channel.abi.dump_counts_down
-        self._requests: dict[object, None] = {}
-        self._dumps: dict[object, None] = self._requests if self._floods else {}
-        self._unsent: dict[object, None] = {}
-        self._admitted: dict[object, int] = {}
-        self._dumper: object | None = None
-
-    @property
-    def dumping(self) -> bool:
-        """Whether a dump is under way."""
-        return self._dumper is not None
-
-    def enter(self, who: object, wanted: int, *, dump: bool) -> int:
-        """How many requests `who` may have under way now; when 0 it is to ask again as soon as `next` names it."""
-        queue = self._dumps if dump else self._requests
-        granted = self._granted(wanted, dump=dump) if not queue or next(iter(queue)) is who else 0
-        if not granted:
-            queue[who] = None
-            return 0
-        queue.pop(who, None)
-        self._unsent[who] = None
-        self._admitted[who] = max(1, in_flight(self._channel) // 2) if dump else granted
-        if dump:
-            self._dumper = who
-        return granted
-
-    def _granted(self, wanted: int, *, dump: bool) -> int:
-        if dump:
-            return int(self._dumper is None and not (self._floods and self._unsent))
-        if self._dumper is not None and self._floods:
-            return 0
-        if not self._admitted:
-            return min(wanted, in_flight(self._channel))
-        room = in_flight(self._channel) - sum(self._admitted.values())
-        # However small the buffer is, there is always one request under way beside a dump.
-        return min(wanted, room) if room > 0 else int(len(self._admitted) == 1 and self._dumper is not None)
-
-    def sent(self, who: object) -> None:
-        """Its requests are with the kernel."""
-        self._unsent.pop(who, None)
-
-    def keep(self, who: object, count: int) -> None:
-        """Only so many of its requests are still under way."""
-        if who is not self._dumper:
-            self._admitted[who] = count
-
-    def leave(self, who: object) -> None:
-        """Nothing of it is under way, and it waits no more."""
-        self._unsent.pop(who, None)
-        self._requests.pop(who, None)
-        self._dumps.pop(who, None)
-        self._admitted.pop(who, None)
-        if self._dumper is who:
-            self._dumper = None
-
-    @property
-    def awaited(self) -> bool:
-        """Whether anybody waits."""
-        return bool(self._requests or self._dumps)
-
-    @property
-    def next(self) -> list[object]:
-        """Who is to ask again now that there is more room."""
-        return [next(iter(queue)) for queue in (self._requests, self._dumps) if queue]
 
 
 def answerable(messages: Iterable[Message]) -> list[Message]:
@@ -158,9 +76,12 @@ def left_behind(request: Request) -> bool:
     return request.error is not None or not request.done
 
 
-def overflowed(dump: Request) -> bool:
-    """Whether a dump may be had whole with a larger receive buffer."""
-    return isinstance(dump.error, DumpOverflow)
+def is_to_be_repeated(dump: Request, channel: Channel) -> bool:
+    """Whether a dump may be had whole now, with a larger receive buffer."""
+    if not isinstance(dump.error, DumpOverflow) or not grow_receive_buffer(channel):
+        return False
+    log.info("%s; asking again", dump.error)
+    return True
 
 
 # The channel.

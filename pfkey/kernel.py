@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import time
 from collections.abc import Iterable, Iterator
 from types import TracebackType
@@ -12,19 +11,17 @@ from typing import Self, TypeVar
 from . import calls
 from .abi import Abi
 from .calls import Call, DumpCall, Supported
-from .channel import GRACE_PERIOD, Channel, NativeChannel, grow_receive_buffer
+from .channel import GRACE_PERIOD, Channel, NativeChannel
 from .codec import Message
 from .constants import Mode, SAProtocol
 from .errors import NotSupported, PFKeyError
-from .exchange import DUMP_TRIES, answer, answerable, overflowed, parts
+from .exchange import DUMP_TRIES, answer, answerable, is_to_be_repeated, parts
 from .link import Link
 from .messages import AddressLike, Policy, SecurityAssociation, SPIRange
 from .refusals import check_policy
 from .tables import Dump, Messages
 
 __all__ = ["Kernel", "SPDEvents", "Supported", "connect", "open_channel"]
-
-log = logging.getLogger("pfkey.kernel")
 
 T = TypeVar("T")
 
@@ -131,9 +128,8 @@ class Kernel:
         """
         for _ in range(DUMP_TRIES):
             request = self._link.exchange([message], self.timeout)[0]
-            if not overflowed(request) or not grow_receive_buffer(self.channel):
+            if not is_to_be_repeated(request, self.channel):
                 break
-            log.info("%s; asking again", request.error)
         return parts(request)
 
     def _call(self, call: Call[T]) -> T:
@@ -272,8 +268,8 @@ class Kernel:
 
         Ends when none comes for `timeout` seconds (None: never).  Other threads may send requests meanwhile.
         """
-        while events := self._event_link.take_events(timeout):
-            yield from events
+        while (event := self._event_link.next_event(timeout)) is not None:
+            yield event
 
     def spd_events(self, timeout: float | None = None) -> SPDEvents:
         """Every message that tells that the SPD changed, from now on, each with whether this connection caused it.

@@ -8,59 +8,32 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from .channel import Channel
-from .channel import lost as lost_by
 from .codec import Message
 from .conversation import Conversation, Request, Watch
 from .errors import ChannelClosed
-from .exchange import Room, closed, feed, is_dump, left_behind, receive, send, timed_out
-from .tables import Batch
+from .exchange import closed, is_dump, receive, send
+from .sharing import AT_ONCE, SLICE, Shared, Waiter
 
 __all__ = ["Link"]
 
-_SLICE = 0.1
-"""Seconds after which a thread that has the lead looks up: the link may have been closed, or it been told to stop."""
-_AT_ONCE = 64
-"""Messages received in one call."""
+T = TypeVar("T")
 
 
-class _Waiter:
-    """Somebody who waits: for the answers to its requests, or until `ready` says so."""
+class _Waiter(Waiter):
+    """A thread that waits: at a bell, which is a lock that is held until somebody rings.  No ring is lost."""
 
-    __slots__ = ("_bell", "deadline", "open", "ready", "requests", "seqs", "timeout")
+    __slots__ = ("_bell",)
 
     def __init__(self, timeout: float | None, ready: Callable[[], bool] | None = None) -> None:
-        self.timeout = timeout
-        self.deadline = 0.0
-        self.ready = ready
-        self.seqs: list[int] = []
-        self.requests: list[Request] = []
-        self.open: set[Request] = set()
-        """Those of its requests that are not done."""
+        super().__init__(timeout, ready)
         self._bell: threading.Lock | None = None
 
-    def start_clock(self) -> None:
-        """It waits `timeout` seconds from now."""
-        if self.timeout is not None:
-            self.deadline = time.monotonic() + self.timeout
-
-    @property
-    def left(self) -> float:
-        """How many seconds it still waits."""
-        return _SLICE if self.timeout is None else self.deadline - time.monotonic()
-
-    @property
-    def done(self) -> bool:
-        """Whether it has what it waited for."""
-        return not self.open if self.ready is None else self.ready()
-
-    # A lock as a bell: it is held until somebody rings, and no ring is lost.  Both under the link's lock.
-
     def bell(self) -> threading.Lock:
-        """What to wait at."""
+        """What to wait at; called, as `ring` is, under the link's lock."""
         if self._bell is None:
             self._bell = threading.Lock()
             self._bell.acquire()
@@ -72,7 +45,7 @@ class _Waiter:
             self._bell.release()
 
 
-class Link:
+class Link(Shared):
     """A channel, its conversation, and the threads that wait for something from it.
 
     What threads share changes in short steps under `_lock`; the channel is used outside of it, by one sender and one
@@ -81,26 +54,11 @@ class Link:
     """
 
     def __init__(self, channel: Channel, *, asking: Conversation | None = None) -> None:
-        self.channel = channel
-        self.conversation = Conversation(channel.abi, asking=asking)
+        super().__init__(channel, asking)
         self._lock = threading.RLock()  # a signal handler may close what it interrupted
         self._sending = threading.Lock()
-        self._room = Room(channel)
         self._lead: _Waiter | None = None
         self._followers: dict[_Waiter, None] = {}
-        self._listeners: dict[_Waiter, None] = {}
-        """Those who wait for no answer: readers of events, watchers."""
-        self._arrived: deque[bytes | Batch] = deque()
-        """Received, and not yet given to the conversation."""
-        self._rest_of_dump = False
-        """A dump was given up.  What is left of it must not be taken for parts of the next, and fills the buffer."""
-        self._closed = ""
-        self._losses = 0
-
-    @property
-    def losses(self) -> int:
-        """How many messages the channel lost or cut, and how many were no messages."""
-        return self._losses + self.conversation.undecodable + lost_by(self.channel)
 
     def close(self) -> None:
         """Close the channel; whoever waits gets ChannelClosed.
@@ -111,12 +69,11 @@ class Link:
         with self._lock:
             self._closed = self._closed or "it was closed by this side"
             for waiter in (*self._followers, *self._room.next):
-                if isinstance(waiter, _Waiter):
-                    waiter.ring()
-        until = time.monotonic() + 10 * _SLICE
+                waiter.ring()
+        until = time.monotonic() + 10 * SLICE
         while self._lead is not None and self.channel.fileno() >= 0 and time.monotonic() < until:
-            time.sleep(_SLICE / 100)
-        sender = self._sending.acquire(timeout=10 * _SLICE)
+            time.sleep(SLICE / 100)
+        sender = self._sending.acquire(timeout=10 * SLICE)
         try:
             self.channel.close()
         finally:
@@ -134,12 +91,29 @@ class Link:
         done: list[Request] = []
         while len(done) < len(messages):
             waiter = _Waiter(timeout)
-            try:
-                self._exchange(waiter, messages, len(done))
-            finally:
-                self._leave(waiter)
+            self._guarded(waiter, self._exchange, messages, len(done))
             done += waiter.requests
         return done
+
+    def _guarded(self, waiter: _Waiter, step: Callable[..., None], *rest: object) -> None:
+        """Do this, and clear away what is left of the waiter then; an interrupt meanwhile is raised afterwards.
+
+        The interpreter looks for signals when a function is called, begins, or a loop begins again: between the end of
+        the step and the inner `try` there is no such place, and in the latter an interrupt only makes it begin anew.
+        """
+        try:
+            step(waiter, *rest)
+        finally:
+            interrupt: KeyboardInterrupt | None = None
+            while True:
+                try:
+                    with self._lock:
+                        self._clear(waiter)
+                    break
+                except KeyboardInterrupt as error:
+                    interrupt = error
+            if interrupt is not None:
+                raise interrupt
 
     def _exchange(self, waiter: _Waiter, messages: Sequence[Message], start: int) -> None:
         dump = is_dump(messages[start])
@@ -149,12 +123,7 @@ class Link:
             self._drain(waiter)
         except ChannelClosed as error:
             why = error
-        prepare = self.conversation.prepare
-        requests = [
-            prepare(message, seq)
-            for message, seq in zip(messages[start : start + len(waiter.seqs)], waiter.seqs, strict=True)
-        ]
-        waiter.requests = requests
+        requests = self._prepare(waiter, messages, start)
         if why:
             closed(requests, why, sent=False)
             return
@@ -162,19 +131,11 @@ class Link:
             if self._followers and self._lead is waiter:
                 self._lead = None  # sending may take a while
                 self._hand_on()
-            for request in requests:
-                request.owner = waiter
-                if request.error is None:
-                    self.conversation.begin(request)
-                    waiter.open.add(request)
+            self._begin(waiter)
         with self._sending:
             failed = send(self.channel, requests)
         with self._lock:
-            self._room.sent(waiter)
-            if self._room.awaited:
-                self._call_in()
-            if failed:
-                waiter.open.difference_update(failed)
+            self._sent(waiter, failed)
         self._await(waiter)
 
     def send(self, message: Message) -> None:
@@ -190,13 +151,9 @@ class Link:
         """Wait for room; take the lead when nobody has it."""
         while True:
             with self._lock:
-                room = wanted if self._closed else self._room.enter(waiter, wanted, dump=dump)
-                if room:
-                    waiter.seqs = [self.conversation.next_seq() for _ in range(room)]
+                if self._enters(waiter, wanted, dump=dump):
                     if self._lead is None:
                         self._lead = waiter
-                    if self._room.awaited:
-                        self._call_in()
                     return
                 bell = waiter.bell()
             bell.acquire()
@@ -206,57 +163,29 @@ class Link:
         while self._lead is not waiter:
             if not self._rest_of_dump or self._closed:
                 return  # whoever has the lead reads what there is
-            time.sleep(_SLICE / 100)
+            time.sleep(SLICE / 100)
             with self._lock:
                 if self._lead is None:
                     self._lead = waiter
-        while self._read(_AT_ONCE, 0.0):
+        while self._read(AT_ONCE, 0.0):
             pass
-
-    def _leave(self, waiter: _Waiter) -> None:
-        """Clear away what is left of it; an interrupt meanwhile is raised when that is done."""
-        interrupt: KeyboardInterrupt | None = None
-        while True:
-            try:
-                with self._lock:
-                    self._clear(waiter)
-                break
-            except KeyboardInterrupt as error:
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt
 
     def _clear(self, waiter: _Waiter) -> None:
         """May be done again from the start, when it was interrupted."""
         try:
             if self._arrived and self._lead is waiter:
-                self._feed()
+                self._deliver()
         finally:
             self._dismiss(waiter)
-
-    def _dismiss(self, waiter: _Waiter) -> None:
-        for request in waiter.requests:
-            if request.dump and left_behind(request):
-                self._rest_of_dump = True
-            self.conversation.end(request)
-        self._listeners.pop(waiter, None)
-        self._followers.pop(waiter, None)
-        self._room.leave(waiter)
-        if self._lead is waiter:
-            self._lead = None
-        self._hand_on()
+            self._followers.pop(waiter, None)
+            if self._lead is waiter:
+                self._lead = None
+            self._hand_on()
 
     def _hand_on(self) -> None:
-        """Wake whoever can go on now: one to take the lead, and who waits for room."""
+        """When nobody has the lead, wake somebody to take it."""
         if self._lead is None and self._followers:
             next(iter(self._followers)).ring()
-        if self._room.awaited:
-            self._call_in()
-
-    def _call_in(self) -> None:
-        for waiter in self._room.next:
-            if isinstance(waiter, _Waiter):
-                waiter.ring()
 
     # Waiting and reading.
 
@@ -280,7 +209,7 @@ class Link:
                 break
             if leads:
                 try:
-                    found = self._read(self._limit, 0.0 if self._rest_of_dump else max(0.0, min(left, _SLICE)))
+                    found = self._read(self.limit, 0.0 if self._rest_of_dump else max(0.0, min(left, SLICE)))
                 except ChannelClosed as error:
                     if waiter.ready is not None:
                         raise
@@ -291,20 +220,8 @@ class Link:
             elif bell is not None:
                 bell.acquire(timeout=-1 if waiter.timeout is None else left)
         if waiter.open:
-            self._give_up(waiter)
-
-    @property
-    def _limit(self) -> int:
-        """A single request has a single answer; whatever came behind it can wait for the next one."""
-        return _AT_ONCE if self._listeners or self._room.dumping or self.conversation.pending > 1 else 1
-
-    def _give_up(self, waiter: _Waiter) -> None:
-        with self._lock:
-            if self._closed:
-                closed(waiter.requests, self._closed, sent=True)
-            for request in waiter.requests:
-                if not request.done:
-                    self.conversation.give_up(request, timed_out(request, waiter.timeout or 0.0))
+            with self._lock:
+                self._give_up(waiter)
 
     def _read(self, limit: int, seconds: float) -> bool:
         """What whoever has the lead does: receive, and give what came to whom it belongs.  Whether anything came."""
@@ -318,73 +235,50 @@ class Link:
             return False
         self._arrived.extend(received)
         with self._lock:
-            self._feed()
+            self._deliver()
         return True
-
-    def _feed(self) -> None:
-        arrived, more_room = self._arrived, False
-        while arrived:
-            try:
-                touched = feed(self.conversation, arrived[0])
-            except Exception:
-                arrived.popleft()
-                raise
-            for request in touched:
-                waiter = request.owner
-                if not isinstance(waiter, _Waiter):
-                    continue
-                waiter.start_clock()
-                if request.done:
-                    waiter.open.discard(request)
-                    self._room.keep(waiter, len(waiter.open))
-                    more_room = True
-                    if not waiter.open and waiter is not self._lead:
-                        waiter.ring()
-            arrived.popleft()
-        if more_room and self._room.awaited:
-            self._call_in()
-        for waiter in self._listeners:
-            if waiter is not self._lead and waiter.done:
-                waiter.ring()
 
     # What nobody asked for.
 
-    def take_events(self, timeout: float | None) -> list[Message]:
-        """The events since the last time; when there are none, waits up to `timeout` seconds for some."""
-        self._listen(_Waiter(timeout, lambda: self.conversation.has_events))
-        with self._lock:
-            return self.conversation.take_events()
+    def next_event(self, timeout: float | None) -> Message | None:
+        """The oldest event; when there is none, waits up to `timeout` seconds for one."""
+        talk = self.conversation
+        return self._next(talk.next_event, lambda: talk.has_events, timeout)
 
     def watch(self) -> Watch:
-        """See Conversation.watch."""
+        """See Conversation.watch; what has arrived before does not count."""
+        self._guarded(_Waiter(0.0, lambda: False), self._listen)
         with self._lock:
             return self.conversation.watch()
 
     def unwatch(self, watch: Watch) -> None:
         """End it, and wake who waits for it."""
         with self._lock:
-            watch.stopped = True
-            self.conversation.unwatch(watch)
-            for waiter in self._listeners:
-                if waiter.done:
-                    waiter.ring()
+            self._watch_over(watch)
 
     def next_watched(self, watch: Watch, timeout: float | None) -> tuple[Message, bool] | None:
         """The next that the watch has; None when none came within `timeout` seconds, or when it was ended."""
-        if not watch.queue:
-            self._listen(_Waiter(timeout, lambda: bool(watch.queue) or watch.stopped))
-        with self._lock:
-            return watch.queue.popleft() if watch.queue else None
+        return self._next(watch.take, lambda: bool(watch.queue) or watch.stopped, timeout)
+
+    def _next(self, take: Callable[[], T | None], ready: Callable[[], bool], timeout: float | None) -> T | None:
+        """What `take` gives, now or within the time; another thread may be faster, and then the wait goes on."""
+        until = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with self._lock:
+                if (found := take()) is not None or ready():
+                    return found
+            waiter = _Waiter(None if until is None else max(0.0, until - time.monotonic()), ready)
+            self._guarded(waiter, self._listen)
+            if until is not None and time.monotonic() >= until:
+                with self._lock:
+                    return take()
 
     def _listen(self, waiter: _Waiter) -> None:
         """Wait, and read for others meanwhile; raises ChannelClosed."""
-        try:
-            with self._lock:
-                if waiter.done:
-                    return
-                self._listeners[waiter] = None
-            self._await(waiter)
-            if self._closed and not waiter.done:
-                raise ChannelClosed(f"waiting for events of {self.channel.abi}: {self._closed}")
-        finally:
-            self._leave(waiter)
+        with self._lock:
+            if waiter.done:
+                return
+            self._listeners[waiter] = None
+        self._await(waiter)
+        if self._closed and not waiter.done:
+            raise ChannelClosed(f"waiting for events of {self.channel.abi}: {self._closed}")

@@ -73,12 +73,13 @@ class Call(threading.Thread):
         return self.result
 
 
-def is_clean(kernel: Kernel) -> bool:
-    """Whether nothing of any call is left behind."""
+def leftovers(kernel: Kernel) -> dict[str, object]:
+    """What calls that are over have left behind: nothing."""
     link: Any = kernel._link
-    room = link._room
-    left = (link._followers, link._listeners, link._arrived, link.conversation._pending)
-    return link._lead is None and not any(left) and not any((room._admitted, room._requests, room._dumps, room.dumping))
+    held = {name: getattr(link, name) for name in ("_lead", "_followers", "_listeners", "_arrived")}
+    held |= {name: getattr(link._room, name) for name in ("_admitted", "_requests", "_dumps", "_dumper", "_unsent")}
+    held["pending"] = link.conversation._pending
+    return {name: value for name, value in held.items() if value}
 
 
 @pytest.fixture(params=PROFILES)
@@ -116,7 +117,7 @@ def test_a_late_answer_keeps_nobody_else_waiting(kernel: Kernel, channel: Holdin
     assert late.is_alive()
     channel.release()
     assert late.outcome().selector == LATE
-    assert is_clean(kernel)
+    assert leftovers(kernel) == {}
 
 
 def test_the_lead_is_handed_on_by_who_is_done(kernel: Kernel, channel: Holding) -> None:
@@ -127,7 +128,7 @@ def test_the_lead_is_handed_on_by_who_is_done(kernel: Kernel, channel: Holding) 
     for _ in range(5):
         channel.release(1)
     assert {call.outcome().selector for call in calls} == {site(number) for number in range(5)}
-    assert is_clean(kernel)
+    assert leftovers(kernel) == {}
 
 
 def test_the_room_is_that_of_all_threads_together(embedded: EmbeddedKernel) -> None:
@@ -144,7 +145,7 @@ def test_the_room_is_that_of_all_threads_together(embedded: EmbeddedKernel) -> N
         assert [call.outcome().selector for call in calls] == [site(n) for n in range(6)]
         assert len(many.outcome()) == 20
         assert channel.most_under_way == 4
-        assert is_clean(kernel)
+        assert leftovers(kernel) == {}
 
 
 def test_who_waits_for_room_waits_for_no_other_answer(embedded: EmbeddedKernel) -> None:
@@ -168,7 +169,7 @@ def test_an_answer_that_comes_too_late(channel: Holding) -> None:
         for number in range(5):
             kernel.add_policy(discard(site(number)))
         assert reader.outcome() == []
-        assert is_clean(kernel)
+        assert leftovers(kernel) == {}
 
 
 class Lost(Exception):
@@ -187,7 +188,7 @@ def test_a_reader_that_dies(kernel: Kernel, channel: Holding, error: type[BaseEx
     outcomes = [call.outcome() for call in calls]
     assert [type(one) for one in outcomes if isinstance(one, BaseException)] == [error]
     assert sum(isinstance(one, Policy) for one in outcomes) == 3
-    assert is_clean(kernel)
+    assert leftovers(kernel) == {}
     assert kernel.add_policy(discard(site(9))).selector == site(9)
 
 
@@ -208,9 +209,12 @@ def test_close_wakes_everybody(embedded: EmbeddedKernel) -> None:
 
 
 def test_many_threads_with_a_reader_of_events_beside_them(embedded: EmbeddedKernel) -> None:
-    channel = embedded.connect()
-    channel.set_receive_buffer(1 << 17)
-    with connect(channel, timeout=30) as kernel, connect(embedded.connect()) as other:
+    channel, others = embedded.connect(), embedded.connect()
+    channel.set_receive_buffer(1 << 20)
+    others.set_receive_buffer(
+        1 << 20
+    )  # it hears of all that is done here, and FreeBSD 14 fails a send whose answer is lost
+    with connect(channel, timeout=30) as kernel, connect(others) as other:
         watch = kernel.spd_events(timeout=0)
         heard: list[Message] = []
 
@@ -251,7 +255,7 @@ def test_many_threads_with_a_reader_of_events_beside_them(embedded: EmbeddedKern
         assert seen.count((MessageType.SPDDELETE, True)) == 4 * 25 + 3 * 3 * 40
         assert seen.count((MessageType.SPDADD, False)) == 10
         assert kernel.lost_events == 0
-        assert is_clean(kernel)
+        assert leftovers(kernel) == {}
 
 
 def test_threads_may_dump_at_once(kernel: Kernel) -> None:
@@ -352,7 +356,7 @@ def test_interrupts_at_any_moment_hurt_nobody_else(monkeypatch: pytest.MonkeyPat
         stop.set()
         assert all(call.outcome() > 0 for call in calls)
         assert interrupted == 400
-        assert is_clean(kernel)
+        assert leftovers(kernel) == {}
         assert len(kernel.dump_policies()) > 2
 
 
@@ -380,4 +384,4 @@ def test_what_the_wire_cannot_carry_fails_alone(kernel: Kernel) -> None:
     answers = kernel.request_many([*wanted[:2], too_long, wanted[2]])
     assert [isinstance(answer, Message) for answer in answers] == [True, True, False, True]
     assert isinstance(answers[2], EncodeError)
-    assert is_clean(kernel)
+    assert leftovers(kernel) == {}
