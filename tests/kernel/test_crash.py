@@ -16,9 +16,9 @@ pytest.importorskip("pfkey.recovery", reason="no tracker here knows its own poli
 
 
 @pytest.mark.real_kernel
-@pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
-def test_a_death_at_any_message_leaves_no_gap_on_af_key(before: bool) -> None:
-    assert survive_every_death(NativeChannel, before=before) > 20
+def test_a_death_at_any_message_leaves_no_gap_on_af_key() -> None:
+    """After each message; before the next one is the same to the kernel."""
+    assert survive_every_death(NativeChannel, before=False) > 20
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
