@@ -3,42 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from crash import SCRIPT, WANTED, bare, live, standing, survive_every_death
+from serving import served
 
 from pfkey import Channel, EmbeddedKernel, Policy, PolicyTracker, connect
 from pfkey.embedded.profiles import _PROFILES
 
 pytest.importorskip("pfkey.recovery", reason="no tracker here knows its own policies again")
-server = pytest.importorskip("pfkey.embedded.server", reason="no embedded kernel here outlives a process")
-
-
-@contextmanager
-def served(profile: str, path: Path) -> Iterator[str]:
-    """An embedded kernel in a process of its own, so that this one has no threads and may fork; what connects to it."""
-    child = os.fork()
-    if not child:
-        try:
-            with server.Server(EmbeddedKernel(profile), path) as serving:
-                serving.wait()
-        finally:
-            os._exit(0)
-    try:
-        deadline = time.monotonic() + 20
-        while not path.exists():
-            assert time.monotonic() < deadline, "no server in 20 s"
-            time.sleep(0.005)
-        yield f"unix:{path}"
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-
 
 USUAL = ("linux-smp", "freebsd-10", "freebsd-13", "freebsd-14")
 """One of each kind: several CPUs, ordered by age, unlinking first, one policy alone."""
