@@ -180,6 +180,16 @@ def test_a_dump_is_whole_whatever_goes_on(channel: Callable[[], XfrmChannel]) ->
         assert len(kernel.dump_policies()) == 1001 + number
 
 
+def test_every_channel_of_a_process_gets_its_answers(channel: Callable[[], XfrmChannel]) -> None:
+    """Netlink numbers the first socket of a process like the process, and the others otherwise."""
+    kernels = [connect(channel(), timeout=1) for _ in range(3)]
+    policy = kernels[0].add_policy(Policy(OUT, SITE, templates=(TUNNEL,)))
+    for kernel in kernels:
+        assert kernel.get_policy(policy.id) == policy
+        assert list(kernel.dump_policies()) == [policy]
+        assert kernel.update_policy(policy).id == policy.id
+
+
 def test_two_dumps_at_once_are_refused(channel: Callable[[], XfrmChannel]) -> None:
     one = channel()
     connect(channel()).add_policy(Policy(OUT, SITE, Action.DISCARD))

@@ -224,7 +224,7 @@ class XfrmChannel:
             return
         answered = self._answered(message.seq)
         if answered is not None and answered.type == MessageType.SPDGET and message.type == wire.NEW:
-            told.type = answered.type
+            told = answered  # an answer has the number of our socket where notices have the pid
         elif answered is not None and answered.type == MessageType.SPDFLUSH and message.type == wire.FLUSH:
             self._tell(answered, {})  # whoever flushes hears of it by an answer of their own first
         self._tell(told, extensions)
