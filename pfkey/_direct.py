@@ -43,10 +43,13 @@ def _plan(key: tuple[int, ...], abi: Abi, kinds: tuple[X, ...]) -> _Plan:
 
 
 _LIFETIME, _ADDRESS = "3QI4x", "BB2xHBxII16s8x"
-_END = "BB4xB9x16s8x"  # an address without a port
-_ASSOCIATION = struct.Struct(f"=128s32x{_LIFETIME * 2}{_END * 2}H2xIIH2xII24xI4BIB7xI12xB3xH2xH2x20xI8x")
+_END = "16s16s8x"  # what is before an address, which is the same for all without a port, and the address
+_USUAL = f"=128s32x{_LIFETIME * 2}{_END * 2}H2xIIH2xII24xI4BIB7xI"
+_ASSOCIATION = struct.Struct(f"{_USUAL}{layout.SIZE - struct.calcsize(_USUAL)}x")
+_RARER_ASSOCIATION = struct.Struct(f"{_USUAL}12xB3xH2xH2x20xI8x")  # NAT-T, and a window in SA_REPLAY
+_BEFORE = {version: struct.pack("=BB4xB9x", 255, bits, version) for version, bits in ((4, 32), (6, 128))}
 _POLICY = struct.Struct(f"=128s32x{_LIFETIME * 2}{_ADDRESS * 2}96xHBBIIII12x")
-assert _ASSOCIATION.size == _POLICY.size == layout.SIZE
+assert _ASSOCIATION.size == _RARER_ASSOCIATION.size == _POLICY.size == layout.SIZE
 _NO_LIMIT = Lifetime()
 
 
@@ -90,19 +93,17 @@ def association(type: int, sa: SecurityAssociation, numbers: Numbers, abi: Abi) 
         shape |= 4
     if authentication_key:
         shape |= 8
-    nat_type = nat_source = nat_destination = 0
     if nat is not None:
         shape |= 16
-        nat_type, nat_source, nat_destination = nat.type, nat.source_port, nat.destination_port
     length = len(source)
     if length != len(destination):
         return None
     if length == 4:
-        bits, version = 32, 4
+        before = _BEFORE[4]
     elif sa.source.scope_id or sa.destination.scope_id:  # type: ignore[union-attr]
         return None
     else:
-        bits, version = 128, 6
+        before = _BEFORE[6]
     key = (type + 0, satype, id(abi), shape)  # an enum's hash is slow
     try:
         head, blob, at, _ = _plans[key]
@@ -110,18 +111,22 @@ def association(type: int, sa: SecurityAssociation, numbers: Numbers, abi: Abi) 
         head, blob, at, _ = _plan(key, abi, _kinds(shape))
     size, more = len(encryption_key), len(authentication_key)
     try:
-        record = _ASSOCIATION.pack(
+        fields = (
             head,
             hard.bytes, hard.addtime, hard.usetime, hard.allocations,
             soft.bytes, soft.addtime, soft.usetime, soft.allocations,
-            255, bits, version, source,
-            255, bits, version, destination,
+            before, source, before, destination,
             8 * more, at + size if more else 0, more,
             8 * size, at if shape & 4 else 0, size,
             sa.spi, replay, sa.state, auth, encrypt, sa.flags,
             mode, sa.reqid,
-            nat_type, nat_source, nat_destination, packets or 0,
         )  # fmt: skip
+        if not shape & 17:
+            record = _ASSOCIATION.pack(*fields)
+        elif nat is None:
+            record = _RARER_ASSOCIATION.pack(*fields, 0, 0, 0, packets)
+        else:
+            record = _RARER_ASSOCIATION.pack(*fields, nat.type, nat.source_port, nat.destination_port, packets or 0)
     except struct.error:
         return None
     return made(abi, record, blob + encryption_key + authentication_key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError
 from ipaddress import (
     AddressValueError,
     IPv4Address,
@@ -13,7 +13,7 @@ from ipaddress import (
     IPv6Network,
     ip_interface,
 )
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from .constants import UpperProtocol
 
@@ -159,7 +159,6 @@ class _Given(TypedDict, total=False):
     icmp_code: int | None
 
 
-@dataclass(frozen=True, slots=True, init=False, repr=False, match_args=False)
 class Selector:
     """Which packets IPsec treats: two prefixes of one family, an upper-layer protocol, ports or ICMP type and code.
 
@@ -170,6 +169,9 @@ class Selector:
 
     A selector does not change, and takes about 270 bytes; its prefixes become objects when they are asked for.
     """
+
+    __slots__ = ("_destination", "_given", "_identity", "_scopes", "_source")
+    __match_args__ = ("source", "destination")
 
     _identity: tuple[int, ...]
     _source: int
@@ -356,8 +358,34 @@ class Selector:
 
     __replace__ = replace  # copy.replace(), Python 3.13
 
+    def __setattr__(self, name: str, value: object) -> None:
+        raise FrozenInstanceError(f"a Selector does not change; use replace() instead of setting {name}")
+
+    def __delattr__(self, name: str) -> None:
+        raise FrozenInstanceError(f"a Selector does not change; {name} stays")
+
+    @property
+    def _key(self) -> tuple[object, ...]:
+        return self._identity, self._source, self._destination, self._given, self._scopes
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return self._key == other._key if isinstance(other, Selector) else NotImplemented
+
     def __hash__(self) -> int:
         return hash(self._identity)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        version, _, bits, _, more_bits, protocol, first, second = self._identity[:8]
+        sides = (version, self._source, bits, self._destination, more_bits)
+        return _restored, (*sides, protocol, first, second, self._given, *self.scopes)
+
+    def __copy__(self) -> Selector:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Selector:
+        return self
 
     def __repr__(self) -> str:
         given = [f"{str(self.source)!r}", f"{str(self.destination)!r}"]
@@ -418,3 +446,10 @@ def _fill(  # noqa: PLR0917
     _set_identity(selector, identity)
     _set_given(selector, given)
     _set_scopes(selector, scopes)
+
+
+def _restored(*parts: Any) -> Selector:
+    """The selector that was pickled."""
+    made = _new(Selector)
+    _fill(made, *parts)
+    return made
