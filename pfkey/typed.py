@@ -71,12 +71,19 @@ def _scope_id(address: IPAddress | IPv4Interface | IPv6Interface) -> int:
 
 
 def _sides(selector: Selector) -> tuple[Address, Address]:
-    """The two addresses of a selector; a scope goes out where it tells link-local addresses apart, and only there."""
+    """The two addresses of a selector.
+
+    The scope of a global address goes out too, when it is a number: FreeBSD stores it, and counts another selector.
+    """
     _, _, _, _, _, protocol, *ports = selector.identity[:8]
     source, destination = (
-        Address(side.ip, side.network.prefixlen, protocol, port, _scope_id(side) if counts else 0)
-        for side, port, counts in zip(
-            (selector.source, selector.destination), ports, selector.identity[8:] or (0, 0), strict=True
+        Address(side.ip, side.network.prefixlen, protocol, port, _scope_id(side) if counts or scope.isdecimal() else 0)
+        for side, port, scope, counts in zip(
+            (selector.source, selector.destination),
+            ports,
+            selector.scopes,
+            selector.identity[8:] or (0, 0),
+            strict=True,
         )
     )
     return source, destination
