@@ -10,16 +10,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from weakref import WeakSet
 
+from .abi import Abi
 from .book import Book, Ownership
 from .constants import MessageType
 from .errors import KernelError, PFKeyError
 from .guards import Kind, Tag, read_tag, real_selector, tag_lifetime
-from .messages import Policy
+from .messages import Policy, Selector
 from .tracker import Installed, State
 from .typed import PolicyRow, policy_message
-from .work import Ask, Dump, Rows, Steps, uncertain
+from .work import GRACE, Ask, Rows, Run, Steps, dump, get, uncertain
 
-__all__ = ["AT_WORK", "recover"]
+__all__ = ["AT_WORK", "real_of", "recover", "take_stock"]
 
 log = logging.getLogger("pfkey.keeper")
 
@@ -34,13 +35,19 @@ _WITHOUT_SCOPES = 8
 def recover(book: Book) -> Steps:
     """Read all policies once: note what is ours from a former life, and see to guards that nobody looks after."""
     try:
-        rows = yield Dump()
+        rows = yield from dump(book)
     except (PFKeyError, OSError) as error:
         log.warning("the kernel was not searched for guards of a former process: %s", error)
         return
-    book.recovered = True
+    yield from take_stock(book, rows)
+
+
+def take_stock(book: Book, rows: Rows) -> Steps:
+    """Look through all policies that there are: for guards that were left behind, the first time for what is ours."""
+    is_first, book.recovered = not book.recovered, True
     yield from see_to_guards(book, rows)
-    note_former(book, rows)
+    if is_first:
+        note_former(book, rows)
 
 
 def note_former(book: Book, rows: Rows) -> None:
@@ -62,7 +69,7 @@ def see_to_guards(book: Book, rows: Rows) -> Steps:
     tags = [read_tag(row.lifetime_hard, book.abi) for row in rows.numbers]
     if all(tag is None or tag.kind is Kind.POLICY for tag in tags):
         return
-    entries = {(row.direction, row.identity) for row, tag in zip(rows.numbers, tags, strict=True) if _is_real(row, tag)}
+    standing = yield from _standing(book, rows, tags)
     alive = {
         (int(guard.direction), guard.selector)
         for other in AT_WORK
@@ -80,9 +87,9 @@ def see_to_guards(book: Book, rows: Rows) -> Steps:
             continue
         selector = real_selector(row.selector, tag.kind)
         key = (int(row.direction), selector.identity)
-        if tag.kind is Kind.FILLER or key in entries:
+        if tag.kind is Kind.FILLER or key in standing:
             guards.append((row, None))
-        elif tag.kind is Kind.DISCARD:
+        elif tag.kind is not Kind.ALIAS:
             log.warning("%s stands in for a policy that is not there: it stays until that is added", row)
             book.orphans.setdefault(key, []).append(row)
         else:
@@ -109,7 +116,33 @@ def see_to_guards(book: Book, rows: Rows) -> Steps:
     yield from _delete(book, going)
 
 
+def _standing(book: Book, rows: Rows, tags: Sequence[Tag | None]) -> Run[set[_Key]]:
+    """What has a policy that packets of the main table meet; entries with marks are not known to SPDGET (Linux)."""
+    wanted = {
+        (row.direction, real_selector(rows.policies[at].selector, tag.kind).identity)
+        for at, (row, tag) in enumerate(zip(rows.numbers, tags, strict=True))
+        if tag is not None and tag.kind not in (Kind.POLICY, Kind.FILLER)
+    }
+    entries = [
+        ((row.direction, row.identity), row.id)
+        for row, tag in zip(rows.numbers, tags, strict=True)
+        if _is_real(row, tag) and (row.direction, row.identity) in wanted
+    ]
+    found = yield from get(book, [policy_id for _, policy_id in entries])
+    return {key for (key, _), policy in zip(entries, found, strict=True) if isinstance(policy, Policy)}
+
+
+def real_of(guard: Policy, abi: Abi) -> Selector:
+    """The selector that a tagged guard stands in for."""
+    tag = read_tag(guard.lifetime_hard, abi)
+    return real_selector(guard.selector, tag.kind if tag is not None else Kind.ALIAS)
+
+
 def _delete(book: Book, guards: Sequence[Policy]) -> Steps:
+    if not guards:
+        return
+    if book.abi.stronger_update_shows_none:
+        yield GRACE
     bare = [Policy(guard.direction, guard.selector, guard.action) for guard in guards]
     replies = yield Ask([policy_message(MessageType.SPDDELETE, one, book.abi) for one in bare])
     for guard, reply in zip(guards, replies, strict=True):

@@ -11,11 +11,11 @@ from .constants import Direction
 from .errors import PFKeyError
 from .guards import Kind, read_tag
 from .messages import Policy, Selector
-from .recovery import see_to_guards
+from .recovery import real_of, take_stock
 from .settle import settle
 from .tracker import Installed, State, TrackedPolicy, image_text
 from .typed import PolicyRow
-from .work import ENTER, Change, Dump, Rows, Run, Steps, Work, is_entry, read
+from .work import ENTER, Change, Rows, Run, Steps, Work, dump, is_entry, read
 
 __all__ = ["Difference", "compare", "resync", "sweep"]
 
@@ -41,9 +41,8 @@ class Difference:
 def resync(book: Book, everything: Sequence[TrackedPolicy]) -> Run[tuple[Difference, ...]]:
     """Read the whole SPD once; every policy that is not what it should be goes through the table."""
     yield ENTER
-    rows = yield Dump()
-    yield from see_to_guards(book, rows)
-    book.recovered = True
+    rows = yield from dump(book)
+    yield from take_stock(book, rows)
     before = {tracked: tracked.installed for tracked in everything}
     differing = yield from compare(book, everything, rows)
     works = [
@@ -126,9 +125,8 @@ def sweep(book: Book, seize: Callable[[TrackedPolicy], None]) -> Steps:
     `seize` is called with each policy that is taken in.
     """
     yield ENTER
-    rows = yield Dump()
-    yield from see_to_guards(book, rows)
-    book.recovered = True
+    rows = yield from dump(book)
+    yield from take_stock(book, rows)
     wanted: dict[TrackedPolicy, Policy] = {}
     for number in sorted(range(len(rows.numbers)), key=lambda number: rows.numbers[number].id):
         row = rows.numbers[number]
@@ -151,7 +149,5 @@ def sweep(book: Book, seize: Callable[[TrackedPolicy], None]) -> Steps:
         if tracked.installed.state in (State.ABSENT, State.UNKNOWN):
             book.read(tracked, policy)
     for key, guards in list(book.orphans.items()):
-        mine = [guard for guard in guards if book.is_mine(guard)]
-        if mine:
-            tracked = book.open(Direction(key[0]), mine[0].selector)
-            seize(tracked)
+        if any(book.is_mine(guard) for guard in guards):
+            seize(book.open(Direction(key[0]), real_of(guards[0], book.abi)))

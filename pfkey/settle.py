@@ -57,10 +57,11 @@ def settle(book: Book, works: Sequence[Work]) -> Steps:
     try:
         if book.abi.one_writer or not book.recovered:
             yield ENTER
-        if not book.recovered:
+        is_first = not book.recovered
+        if is_first:
             yield from recover(book)
-            for work in works:
-                book.remember(work.tracked)
+        for work in works:
+            book.remember(work.tracked, was_just_read=is_first)
         yield from _rounds(book, works)
     except PFKeyError as error:  # the SPD is locked, or could not be
         for work in works:

@@ -36,6 +36,7 @@ __all__ = [
     "StoredOtherwise",
     "Work",
     "drop_leftovers",
+    "dump",
     "get",
     "is_entry",
     "policy_of",
@@ -326,6 +327,19 @@ def without(tracked: TrackedPolicy, guard: Policy) -> None:
 
 
 # Reading.
+
+
+def dump(book: Book) -> Run[Rows]:
+    """All policies that there are; may raise a PFKeyError."""
+    rows: Rows = yield Dump()
+    if not book.abi.dump_shows_dead:
+        return rows
+    found = yield from get(book, [row.id for row in rows.numbers])
+    for error in found:
+        if isinstance(error, PFKeyError):
+            raise error
+    alive = [at for at, policy in enumerate(found) if policy is not None]
+    return Rows([rows.numbers[at] for at in alive], [policy for policy in found if isinstance(policy, Policy)])
 
 
 def policy_of(tracked: TrackedPolicy, image: Image | None, policy_id: int = 0) -> Policy | None:
