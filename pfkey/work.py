@@ -18,6 +18,7 @@ from .book import Book
 from .codec import Message
 from .constants import Action, ExtensionType, MessageType
 from .errors import KernelError, NotSupported, PFKeyError
+from .guards import Kind, read_tag
 from .messages import Policy, PolicyExtension
 from .tracker import ABSENT, Image, Installed, State, Step, TrackedPolicy, Undo, image_text, templates_of
 from .typed import PolicyRow, policy_from, policy_message, policy_rows
@@ -168,8 +169,8 @@ class Work:
     """What the kernel held before this was sent."""
     why: str = ""
     """Why it is guarded."""
-    waits: bool = False
-    """Packets under way must be through before the guard goes."""
+    claimed: Installed | None = None
+    """What somebody else had in its place, which was to become ours."""
     existed: bool = False
     """The kernel said that the selector is taken."""
     was_read: bool = False
@@ -304,6 +305,9 @@ def drop_leftovers(book: Book, works: Iterable[Work]) -> Steps:
     if not going:
         return
     yield ENTER
+    going = yield from _known_to_stand(book, going)
+    if book.abi.stronger_update_shows_none:
+        yield GRACE
     messages = []
     for work, guard in going:
         work.guards.append(MessageType.SPDDELETE)
@@ -319,6 +323,38 @@ def drop_leftovers(book: Book, works: Iterable[Work]) -> Steps:
         note = f"its guard {guard.selector} could not be deleted and stays until the next call: {reply}"
         if note not in work.notes:
             work.notes.append(note)
+
+
+def _known_to_stand(book: Book, going: list[tuple[Work, Policy]]) -> Run[list[tuple[Work, Policy]]]:
+    """Those without the ones whose SPDADD was never answered, and that are not there: others may have that selector."""
+    if all(guard.id for _, guard in going):
+        return going
+    try:
+        rows = yield from dump(book)
+    except (PFKeyError, OSError) as error:
+        for work, guard in going:
+            if not guard.id:
+                work.notes.append(f"whether its guard {guard.selector} stands could not be read: {error}")
+        return [(work, guard) for work, guard in going if guard.id]
+    tagged: dict[tuple[int, ...], list[Policy]] = {}
+    for at, row in enumerate(rows.numbers):
+        tag = read_tag(row.lifetime_hard, book.abi)
+        if tag is not None and tag.kind is not Kind.POLICY:
+            tagged.setdefault((row.direction, *row.identity[:8]), []).append(rows.policies[at])
+    standing = []
+    for work, guard in going:
+        entries = tagged.get((int(guard.direction), *guard.selector.identity[:8]), ())
+        if guard.id or any(_is_same(book, entry, guard) for entry in entries):
+            standing.append((work, guard))
+        else:
+            without(work.tracked, guard)
+    return standing
+
+
+def _is_same(book: Book, entry: Policy, guard: Policy) -> bool:
+    """Whether an entry of the kernel is this guard, by its selector to the last bit and by its tag."""
+    is_ours = read_tag(entry.lifetime_hard, book.abi) == read_tag(guard.lifetime_hard, book.abi)
+    return is_ours and entry.selector == guard.selector
 
 
 def without(tracked: TrackedPolicy, guard: Policy) -> None:
