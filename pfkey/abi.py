@@ -112,8 +112,9 @@ class Abi:
     addtime, of which a value near 2^63 is never reached (the BSDs)."""
     update_changes_id: bool = field(repr=False)
     """SPDUPDATE gives the policy a new id (FreeBSD); Linux keeps it."""
-    dump_lists_dead: bool = field(repr=False)
-    """SPDDUMP lists policies for up to 3 seconds after they went; SPDGET knows better (FreeBSD to 11.0, macOS)."""
+    dump_shows_dead: bool = field(repr=False)
+    """A dump lists policies for some seconds after they were deleted or replaced; SPDGET does not know them any more
+    (seen on an 11-CURRENT, for up to 3 seconds; FreeBSD up to 11.0, macOS)."""
     dump_counts_down: bool = field(repr=False)
     """The parts of a dump count down to 0 (FreeBSD); on Linux they count up and the last says 0."""
     error_echoes_request: bool = field(repr=False)
@@ -229,7 +230,7 @@ class Abi:
             one_writer=False,
             tag_in="bytes",
             update_changes_id=False,
-            dump_lists_dead=False,
+            dump_shows_dead=False,
             dump_counts_down=False,
             error_echoes_request=False,
             absent_policy_error="ENOENT",
@@ -258,11 +259,11 @@ class Abi:
             release=(),
             pf_key=29,
             af_inet6=24,
-            dump_lists_dead=False,
             extensions=MappingProxyType(numbers.EXTENSIONS["netbsd"]),
             message_types=MappingProxyType(numbers.MESSAGE_TYPES["netbsd"]),
             modes=MappingProxyType(numbers.MODES["netbsd"]),
             has_policy_flags=True,
+            dump_shows_dead=False,
             errors=MappingProxyType(numbers.ERRORS["netbsd"]),
             authentication=MappingProxyType(numbers.freebsd_authentication((11,))),
             encryption=MappingProxyType(numbers.netbsd_encryption()),
@@ -416,7 +417,7 @@ def _freebsd(release: tuple[int, ...], byteorder: ByteOrder) -> Abi:
         one_writer=True,
         tag_in="addtime",
         update_changes_id=True,
-        dump_lists_dead=release < (11, 1),
+        dump_shows_dead=not replay_extension,  # 11.1 brought both: that extension, and an SPD without dead entries
         dump_counts_down=True,
         error_echoes_request=True,
         absent_policy_error="EINVAL",

@@ -95,18 +95,20 @@ class Book:
             self.remember(tracked)
         return tracked
 
-    def remember(self, tracked: TrackedPolicy) -> None:
-        """Give a new policy what is known of it from a former life."""
+    def remember(self, tracked: TrackedPolicy, *, was_just_read: bool = False) -> None:
+        """Give a policy what is known of it from a former life; what was read some time ago is read again."""
         key = (int(tracked.direction), tracked.selector.identity)
         if key in self.orphans:
             tracked.leftover += tuple(self.orphans.pop(key))
         installed = self.former.pop(key, None)
         if installed is not None and tracked.installed.state is State.ABSENT:
-            self.note(tracked, installed)
+            self.note(tracked, installed if was_just_read else installed.doubted())
 
     def close(self, tracked: TrackedPolicy) -> None:
         """Forget it when nobody uses it and the kernel does not hold it."""
-        if len(tracked) or tracked.installed.state in _PRESENT or tracked.leftover or tracked.troubles is not None:
+        if len(tracked) or tracked.installed.state in _PRESENT or tracked.leftover:
+            return
+        if tracked.troubles is not None and not tracked.troubles.are_over:
             return
         self.tables[int(tracked.direction)].pop(tracked.selector.identity, None)
         if tracked.installed.policy_id:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from .book import Book
 from .constants import MessageType
@@ -31,20 +32,22 @@ __all__ = ["plan_guard", "stand_guards"]
 log = logging.getLogger("pfkey.keeper")
 
 
-def plan_guard(book: Book, work: Work) -> tuple[Policy, ...]:
-    """The candidates for the guard that an update needs, none when it needs none; `why` and `waits` are noted."""
+def plan_guard(book: Book, work: Work, beside: Iterable[Work] = ()) -> tuple[Policy, ...]:
+    """The candidates for the guard that an update needs, none when it needs none; `why` is noted.
+
+    `beside` are those of the same networks that are carried out with it.
+    """
     tracked, settings, abi = work.tracked, book.settings, book.abi
     policy, image = work.policy, work.before.image
     assert policy is not None
-    work.why, work.waits = "", False
+    work.why = ""
     if settings.guard is Guard.BARE:
         return ()
     sole = False
     if abi.update_unlinks_first:
         work.why = f"{abi} removes a policy before it inserts the next one"
-    elif abi.stronger_update_shows_none and image is not None and _passes_another(book, work, image):
+    elif abi.stronger_update_shows_none and image is not None and _passes_another(book, work, image, beside):
         work.why = "it gets stronger past another policy of the same addresses"
-        work.waits = True
     elif abi.sole_update_shows_none and book.standing[int(tracked.direction)] <= 1:
         work.why = f"{abi} shows no policy for a moment when the only one of a direction is replaced"
         sole = True
@@ -52,7 +55,6 @@ def plan_guard(book: Book, work: Work) -> tuple[Policy, ...]:
         return ()
     else:
         work.why = "guards were asked for"
-        work.waits = abi.stronger_update_shows_none
     how = settings.guard
     if next(alias_selectors(policy.selector, abi), None) is None:
         if settings.host_guard is Guard.BARE:
@@ -63,14 +65,18 @@ def plan_guard(book: Book, work: Work) -> tuple[Policy, ...]:
     return guard_policies(policy, image, abi, how, settings.owner)
 
 
-def _passes_another(book: Book, work: Work, before: Image) -> bool:
-    """Linux: whether the priority gets stronger past another policy of the same networks."""
+def _passes_another(book: Book, work: Work, before: Image, beside: Iterable[Work]) -> bool:
+    """Linux: whether the priority gets stronger past another policy of the same networks, where that is or will be."""
     assert work.policy is not None
     after = work.policy.priority
     if after >= before.priority:
         return False
     pair = book.indexes[int(work.tracked.direction)].pair(work.tracked)
     if any(other.indexed is not None and after <= other.indexed <= before.priority for other in pair):
+        return True
+    if any(
+        one is not work and one.policy is not None and after <= one.policy.priority <= before.priority for one in beside
+    ):
         return True
     return book.stranger_between(work.tracked, after, before.priority)
 
@@ -83,7 +89,11 @@ def stand_guards(book: Book, works: Sequence[Work]) -> Steps:
     updates = [work for work in works if work.step is Step.UPDATE]
     if book.abi.stronger_update_shows_none and book.settings.guard is not Guard.BARE:
         yield from _look_for_strangers(book, updates)
-    waiting = [(work, list(plan)) for work in updates if (plan := plan_guard(book, work))]
+    chains: dict[tuple[int, ...], list[Work]] = {}
+    if book.abi.stronger_update_shows_none and len(works) > 1:
+        for work in works:
+            chains.setdefault(_chain(work), []).append(work)
+    waiting = [(work, list(plan)) for work in updates if (plan := plan_guard(book, work, chains.get(_chain(work), ())))]
     stale = [work for work in updates if work.tracked.leftover]
     if not waiting and not stale:
         return
@@ -111,7 +121,10 @@ def stand_guards(book: Book, works: Sequence[Work]) -> Steps:
             if guard in standing:
                 continue  # FreeBSD says ENOBUFS after the work when a receive buffer is full, up to 11 anybody's
             if not isinstance(reply, PFKeyError):
-                asked, stored = book.image(guard), book.image(policy_from(reply))
+                echo = policy_from(reply)
+                confirmed = replace(guard, id=echo.id)
+                work.tracked.leftover = tuple(confirmed if one is guard else one for one in work.tracked.leftover)
+                asked, stored = book.image(guard), book.image(echo)
                 if stored != asked:
                     _stored_otherwise(book, work, asked, stored)
                 continue
@@ -121,6 +134,11 @@ def stand_guards(book: Book, works: Sequence[Work]) -> Steps:
                     waiting.append((work, candidates))
                     continue
             _not_guarded(work, reply)
+
+
+def _chain(work: Work) -> tuple[int, ...]:
+    """What the policies have in common that one look-up of Linux walks along."""
+    return (int(work.tracked.direction), *work.tracked.selector.identity[:5])
 
 
 def _stored_otherwise(book: Book, work: Work, asked: Image, stored: Image) -> None:

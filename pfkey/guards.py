@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from .abi import Abi
 from .constants import Action
-from .messages import Lifetime, Policy, Selector
+from .messages import IPInterface, Lifetime, Policy, Selector
 from .tracker import Image
 
 __all__ = [
@@ -57,7 +57,10 @@ class Kind(IntEnum):
     POLICY = 1
     ALIAS = 2
     DISCARD = 3
+    """Drops the packets of two hosts, and of a neighbour: one bit wider."""
     FILLER = 4
+    BLOCK = 5
+    """Drops the packets of exactly its policy: under an alias selector."""
 
 
 class Tag(NamedTuple):
@@ -119,9 +122,17 @@ def alias_selectors(selector: Selector, abi: Abi) -> Iterator[Selector]:
             yield _moved(selector, number, 0)
     hosts = not source_bits and not destination_bits
     # A scope is a wildcard to packets of a global address, which carry none (FreeBSD, NetBSD, macOS).
-    if hosts and abi.stores_scope and source.version == 6 and not (source.is_link_local or destination.is_link_local):
+    if hosts and abi.stores_scope and source.version == 6 and not (_has_zone(source) or _has_zone(destination)):
         for scope in ("1", "2", "3"):
             yield _with(selector, source, ip_interface(f"{ip_address(destination.packed)}%{scope}/128"))
+
+
+def _has_zone(side: IPInterface) -> bool:
+    """Whether packets of such an address carry the scope of their link: unicast and multicast of a link or interface.
+
+    RFC 4291 section 2.7: the scope of a multicast address is the lower half of its second byte.
+    """
+    return side.is_link_local or (side.is_multicast and side.packed[1] & 0x0F <= 2)
 
 
 def discard_selectors(selector: Selector) -> Iterator[Selector]:
@@ -148,12 +159,9 @@ def real_selector(selector: Selector, kind: Kind) -> Selector:
     """The selector of the policy that a guard with this one stands in for."""
     if kind is not Kind.DISCARD:
         return _without_scopes(selector).canonical()
-    source, destination = selector.source, selector.destination
-    hosts = [ip_interface((side.packed, side.max_prefixlen)) for side in (source, destination)]
-    wider = source.max_prefixlen - 1
-    if min(source.network.prefixlen, destination.network.prefixlen) < wider:
-        return selector.canonical()
-    return _with(selector, *hosts)
+    return _with(
+        selector, *(ip_interface((side.packed, side.max_prefixlen)) for side in (selector.source, selector.destination))
+    )
 
 
 def _moved(selector: Selector, source: int, destination: int) -> Selector:
@@ -180,7 +188,7 @@ def _without_scopes(selector: Selector) -> Selector:
     """A scope on a global address is a guard's, and no part of what it matches."""
     sides = []
     for side in (selector.source, selector.destination):
-        scoped = getattr(side, "scope_id", None) and not side.is_link_local
+        scoped = getattr(side, "scope_id", None) and not _has_zone(side)
         sides.append(ip_interface((side.packed, side.network.prefixlen)) if scoped else side)
     return _with(selector, *sides)
 
@@ -195,16 +203,15 @@ def guard_policies(policy: Policy, before: Image | None, abi: Abi, how: Guard, o
     before the update or after it, never a policy between.
     """
     priority = max(policy.priority, before.priority) if before is not None else policy.priority
-    if how is not Guard.DISCARD:
-        aliases = tuple(alias_selectors(policy.selector, abi))
-        if aliases:
-            tag = tag_lifetime(owner, Kind.ALIAS, abi)
-            return tuple(
-                Policy(policy.direction, one, policy.action, policy.templates, priority=priority, lifetime_hard=tag)
-                for one in aliases
-            )
-    tag = tag_lifetime(owner, Kind.DISCARD, abi)
-    selectors = tuple(alias_selectors(policy.selector, abi)) or tuple(discard_selectors(policy.selector))
+    aliases = tuple(alias_selectors(policy.selector, abi))
+    if aliases and how is not Guard.DISCARD:
+        tag = tag_lifetime(owner, Kind.ALIAS, abi)
+        return tuple(
+            Policy(policy.direction, one, policy.action, policy.templates, priority=priority, lifetime_hard=tag)
+            for one in aliases
+        )
+    tag = tag_lifetime(owner, Kind.BLOCK if aliases else Kind.DISCARD, abi)
+    selectors = aliases or tuple(discard_selectors(policy.selector))
     return tuple(
         Policy(policy.direction, one, Action.DISCARD, priority=priority, lifetime_hard=tag) for one in selectors
     )

@@ -64,6 +64,8 @@ class WriterLock:
     def release(self) -> None:
         """Let others write."""
         if self._descriptor >= 0:
+            # Closing alone would leave it to a child that was forked meanwhile, for as long as that lives.
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             os.close(self._descriptor)
             self._descriptor = -1
         self._inside.release()
@@ -94,9 +96,10 @@ class WriterLock:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 return False
             raise PFKeyError(f"the lock of the SPD's writers, {self.path}, failed: {error.strerror}") from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()} {' '.join(sys.argv)[:200]}\n".encode(), 0)
         self._descriptor = descriptor
+        with suppress(OSError):  # a full disk takes the name of who holds it, not the lock
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()} {' '.join(sys.argv)[:200]}\n".encode(errors="replace"), 0)
         return True
 
     def _holder(self) -> str:

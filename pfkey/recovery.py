@@ -18,9 +18,9 @@ from .guards import Kind, Tag, read_tag, real_selector, tag_lifetime
 from .messages import Policy, Selector
 from .tracker import Installed, State
 from .typed import PolicyRow, policy_message
-from .work import Ask, Rows, Steps, dump, uncertain
+from .work import GRACE, Ask, Rows, Run, Steps, dump, get, uncertain
 
-__all__ = ["AT_WORK", "real_of", "recover", "see_to_guards"]
+__all__ = ["AT_WORK", "real_of", "recover", "take_stock"]
 
 log = logging.getLogger("pfkey.keeper")
 
@@ -39,9 +39,15 @@ def recover(book: Book) -> Steps:
     except (PFKeyError, OSError) as error:
         log.warning("the kernel was not searched for guards of a former process: %s", error)
         return
-    book.recovered = True
+    yield from take_stock(book, rows)
+
+
+def take_stock(book: Book, rows: Rows) -> Steps:
+    """Look through all policies that there are: for guards that were left behind, the first time for what is ours."""
+    is_first, book.recovered = not book.recovered, True
     yield from see_to_guards(book, rows)
-    note_former(book, rows)
+    if is_first:
+        note_former(book, rows)
 
 
 def note_former(book: Book, rows: Rows) -> None:
@@ -63,7 +69,7 @@ def see_to_guards(book: Book, rows: Rows) -> Steps:
     tags = [read_tag(row.lifetime_hard, book.abi) for row in rows.numbers]
     if all(tag is None or tag.kind is Kind.POLICY for tag in tags):
         return
-    entries = {(row.direction, row.identity) for row, tag in zip(rows.numbers, tags, strict=True) if _is_real(row, tag)}
+    standing = yield from _standing(book, rows, tags)
     alive = {
         (int(guard.direction), guard.selector)
         for other in AT_WORK
@@ -81,9 +87,9 @@ def see_to_guards(book: Book, rows: Rows) -> Steps:
             continue
         selector = real_selector(row.selector, tag.kind)
         key = (int(row.direction), selector.identity)
-        if tag.kind is Kind.FILLER or key in entries:
+        if tag.kind is Kind.FILLER or key in standing:
             guards.append((row, None))
-        elif tag.kind is Kind.DISCARD:
+        elif tag.kind is not Kind.ALIAS:
             log.warning("%s stands in for a policy that is not there: it stays until that is added", row)
             book.orphans.setdefault(key, []).append(row)
         else:
@@ -110,6 +116,22 @@ def see_to_guards(book: Book, rows: Rows) -> Steps:
     yield from _delete(book, going)
 
 
+def _standing(book: Book, rows: Rows, tags: Sequence[Tag | None]) -> Run[set[_Key]]:
+    """What has a policy that packets of the main table meet; entries with marks are not known to SPDGET (Linux)."""
+    wanted = {
+        (row.direction, real_selector(rows.policies[at].selector, tag.kind).identity)
+        for at, (row, tag) in enumerate(zip(rows.numbers, tags, strict=True))
+        if tag is not None and tag.kind not in (Kind.POLICY, Kind.FILLER)
+    }
+    entries = [
+        ((row.direction, row.identity), row.id)
+        for row, tag in zip(rows.numbers, tags, strict=True)
+        if _is_real(row, tag) and (row.direction, row.identity) in wanted
+    ]
+    found = yield from get(book, [policy_id for _, policy_id in entries])
+    return {key for (key, _), policy in zip(entries, found, strict=True) if isinstance(policy, Policy)}
+
+
 def real_of(guard: Policy, abi: Abi) -> Selector:
     """The selector that a tagged guard stands in for."""
     tag = read_tag(guard.lifetime_hard, abi)
@@ -117,6 +139,10 @@ def real_of(guard: Policy, abi: Abi) -> Selector:
 
 
 def _delete(book: Book, guards: Sequence[Policy]) -> Steps:
+    if not guards:
+        return
+    if book.abi.stronger_update_shows_none:
+        yield GRACE
     bare = [Policy(guard.direction, guard.selector, guard.action) for guard in guards]
     replies = yield Ask([policy_message(MessageType.SPDDELETE, one, book.abi) for one in bare])
     for guard, reply in zip(guards, replies, strict=True):

@@ -11,7 +11,7 @@ from .constants import Direction
 from .errors import PFKeyError
 from .guards import Kind, read_tag
 from .messages import Policy, Selector
-from .recovery import real_of, see_to_guards
+from .recovery import real_of, take_stock
 from .settle import settle
 from .tracker import Installed, State, TrackedPolicy, image_text
 from .typed import PolicyRow
@@ -45,8 +45,7 @@ def resync(book: Book, everything: Sequence[TrackedPolicy], *, by_hand: bool) ->
     """
     yield ENTER
     rows = yield from dump(book)
-    yield from see_to_guards(book, rows)
-    book.recovered = True
+    yield from take_stock(book, rows)
     before = {tracked: tracked.installed for tracked in everything}
     differing = yield from compare(book, everything, rows)
     works = [
@@ -132,8 +131,7 @@ def sweep(book: Book) -> Run[list[TrackedPolicy]]:
     """
     yield ENTER
     rows = yield from dump(book)
-    yield from see_to_guards(book, rows)
-    book.recovered = True
+    yield from take_stock(book, rows)
     wanted: dict[TrackedPolicy, Policy] = {}
     for number in sorted(range(len(rows.numbers)), key=lambda number: rows.numbers[number].id):
         row = rows.numbers[number]

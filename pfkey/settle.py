@@ -24,7 +24,6 @@ from .tracker import Installed, State, Step, TrackedPolicy, decide, image_text
 from .typed import policy_message
 from .work import (
     ENTER,
-    GRACE,
     MESSAGES,
     Ask,
     Run,
@@ -57,15 +56,17 @@ def settle(book: Book, works: Sequence[Work]) -> Steps:
     try:
         if book.abi.one_writer or not book.recovered:
             yield ENTER
-        if not book.recovered:
+        is_first = not book.recovered
+        if is_first:
             yield from recover(book)
-            for work in works:
-                book.remember(work.tracked)
+        for work in works:
+            book.remember(work.tracked, was_just_read=is_first)
         yield from _rounds(book, works)
     except PFKeyError as error:  # the SPD is locked, or could not be
         for work in works:
-            if not work.sent:
+            if not work.sent or not work.tracked.holds_top():
                 work.fail(error)
+            if not work.sent or work.tracked.installed.state is not State.UNKNOWN:
                 work.take_back()
     except GeneratorExit:
         raise
@@ -77,6 +78,16 @@ def settle(book: Book, works: Sequence[Work]) -> Steps:
         raise
     finally:
         AT_WORK.discard(book)
+        for work in works:
+            _give_back(book, work)
+
+
+def _give_back(book: Book, work: Work) -> None:
+    """A policy that was to become ours, and did not, is its owner's as it was."""
+    tracked, installed, claimed = work.tracked, work.tracked.installed, work.claimed
+    if claimed is None or len(tracked) or installed.state is not State.OURS or installed.image != claimed.image:
+        return
+    book.note(tracked, Installed(State.FOREIGN, installed.image, installed.policy_id))
 
 
 def _rounds(book: Book, works: Sequence[Work]) -> Steps:
@@ -159,6 +170,8 @@ def _decide(book: Book, work: Work, unread: BaseException | None) -> Step:
     step = decide(tracked.desired, tracked.installed)
     if step is Step.REFUSE:
         return _claim(book, work)
+    if work.claimed is not None and tracked.top is None:
+        return Step.ADD if tracked.installed.state is State.ABSENT else Step.NOTHING
     if step is Step.DELETE and tracked.troubles is not None and tracked.troubles.lingers_until is not None:
         return Step.NOTHING
     return step
@@ -201,6 +214,7 @@ def _claim(book: Book, work: Work) -> Step:
         work.take_back()
         return Step.NOTHING
     log.warning("%s was somebody else's (%s) and is ours from now on", tracked, image_text(installed.image))
+    work.claimed = installed
     book.note(tracked, Installed(State.OURS, installed.image, installed.policy_id, was_ours=True))
     work.notes.append("it was somebody else's")
     if book.settings.ownership is Ownership.TAKE_OVER:
@@ -217,7 +231,10 @@ def _prepare(book: Book, work: Work) -> None:
         work.policy = Policy(tracked.direction, tracked.selector, image.action if image else Action.NONE)
         return
     top = tracked.top
-    assert top is not None
+    if top is None:  # somebody else's, which a rejected update of ours removed
+        assert work.claimed is not None
+        work.policy, work.image = policy_of(tracked, work.claimed.image), work.claimed.image
+        return
     work.policy, work.image = tracked.policy(top, book.tag), tracked.image(top)
     try:
         book.check_policy(work.policy)
@@ -254,8 +271,6 @@ def _install(book: Book, works: Sequence[Work]) -> Steps:
 
 def _remove(book: Book, works: Sequence[Work]) -> Steps:
     """Delete guards whose policy stands, and policies that nobody uses."""
-    if any(work.waits and work.tracked.leftover for work in works):
-        yield GRACE
     yield from drop_leftovers(book, works)
     going = [work for work in works if work.step is Step.DELETE]
     failed = [work for work in works if work.error is not None and work.step is not Step.DELETE]

@@ -436,6 +436,11 @@ class Troubles:
         self.contested = False
         self.lingers_until: float | None = None
 
+    @property
+    def are_over(self) -> bool:
+        """Nothing is the matter any more."""
+        return self.lingers_until is None and not self.contested and not self.strikes
+
 
 def image_text(image: Image | None) -> str:
     """An image as errors and explanations show it."""

@@ -83,7 +83,7 @@ def _is_over(tracked: TrackedPolicy, troubles: Troubles, now: Assignment | None)
     """A lingering policy is used again; whether nothing else is the matter with it."""
     if now is not None:
         troubles.lingers_until = None
-    return troubles.lingers_until is None and not troubles.contested and not troubles.strikes
+    return troubles.are_over
 
 
 class Transaction:

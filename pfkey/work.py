@@ -18,6 +18,7 @@ from .book import Book
 from .codec import Message
 from .constants import Action, ExtensionType, MessageType
 from .errors import KernelError, NotSupported, PFKeyError
+from .guards import Kind, read_tag
 from .messages import Policy, PolicyExtension
 from .tracker import ABSENT, Image, Installed, State, Step, TrackedPolicy, Undo, image_text, templates_of
 from .typed import PolicyRow, policy_from, policy_message, policy_rows
@@ -52,6 +53,9 @@ __all__ = [
 log = logging.getLogger("pfkey.keeper")
 
 T = TypeVar("T")
+
+_PLAIN = 8
+"""How much of a selector's identity there is without scopes."""
 
 
 # What a run needs of the outside.
@@ -172,8 +176,8 @@ class Work:
     """What the kernel held before this was sent."""
     why: str = ""
     """Why it is guarded."""
-    waits: bool = False
-    """Packets under way must be through before the guard goes."""
+    claimed: Installed | None = None
+    """What somebody else had in its place, which was to become ours."""
     existed: bool = False
     """The kernel said that the selector is taken."""
     was_read: bool = False
@@ -310,6 +314,9 @@ def drop_leftovers(book: Book, works: Iterable[Work]) -> Steps:
     if not going:
         return
     yield ENTER
+    going = yield from _known_to_stand(book, going)
+    if book.abi.stronger_update_shows_none:
+        yield GRACE
     messages = []
     for work, guard in going:
         work.guards.append(MessageType.SPDDELETE)
@@ -343,13 +350,43 @@ def standing_guards(book: Book, doubtful: Sequence[Policy]) -> Run[list[Policy] 
     except (PFKeyError, OSError) as error:
         log.warning("guards could not be looked for: %s", error)
         return None
-    wanted = {(int(guard.direction), guard.selector.identity) for guard in doubtful}
-    found = {
-        (int(policy.direction), policy.selector)
-        for number, row in enumerate(rows.numbers)
-        if (row.direction, row.identity) in wanted and (policy := rows.policies[number])
-    }
-    return [guard for guard in doubtful if (int(guard.direction), guard.selector) in found]
+    wanted = {(int(guard.direction), guard.selector.identity[:_PLAIN]) for guard in doubtful}
+    found = [
+        rows.policies[at] for at, row in enumerate(rows.numbers) if (row.direction, row.identity[:_PLAIN]) in wanted
+    ]
+    return [guard for guard in doubtful if any(_is_same(book, entry, guard) for entry in found)]
+
+
+def _known_to_stand(book: Book, going: list[tuple[Work, Policy]]) -> Run[list[tuple[Work, Policy]]]:
+    """Those without the ones whose SPDADD was never answered, and that are not there: others may have that selector."""
+    if all(guard.id for _, guard in going):
+        return going
+    try:
+        rows = yield from dump(book)
+    except (PFKeyError, OSError) as error:
+        for work, guard in going:
+            if not guard.id:
+                work.notes.append(f"whether its guard {guard.selector} stands could not be read: {error}")
+        return [(work, guard) for work, guard in going if guard.id]
+    tagged: dict[tuple[int, tuple[int, ...]], list[Policy]] = {}
+    for at, row in enumerate(rows.numbers):
+        tag = read_tag(row.lifetime_hard, book.abi)
+        if tag is not None and tag.kind is not Kind.POLICY:
+            tagged.setdefault((row.direction, row.identity[:_PLAIN]), []).append(rows.policies[at])
+    standing = []
+    for work, guard in going:
+        entries = tagged.get((int(guard.direction), guard.selector.identity[:_PLAIN]), ())
+        if guard.id or any(_is_same(book, entry, guard) for entry in entries):
+            standing.append((work, guard))
+        else:
+            without(work.tracked, guard)
+    return standing
+
+
+def _is_same(book: Book, entry: Policy, guard: Policy) -> bool:
+    """Whether an entry of the kernel is this guard, by its selector to the last bit and by its tag."""
+    is_ours = read_tag(entry.lifetime_hard, book.abi) == read_tag(guard.lifetime_hard, book.abi)
+    return is_ours and entry.direction == guard.direction and entry.selector == guard.selector
 
 
 def without(tracked: TrackedPolicy, guard: Policy) -> None:
@@ -358,6 +395,19 @@ def without(tracked: TrackedPolicy, guard: Policy) -> None:
 
 
 # Reading.
+
+
+def dump(book: Book) -> Run[Rows]:
+    """All policies that there are; may raise a PFKeyError."""
+    rows: Rows = yield Dump()
+    if not book.abi.dump_shows_dead:
+        return rows
+    found = yield from get(book, [row.id for row in rows.numbers])
+    for error in found:
+        if isinstance(error, PFKeyError):
+            raise error
+    alive = [at for at, policy in enumerate(found) if policy is not None]
+    return Rows([rows.numbers[at] for at in alive], [policy for policy in found if isinstance(policy, Policy)])
 
 
 def policy_of(tracked: TrackedPolicy, image: Image | None, policy_id: int = 0) -> Policy | None:
@@ -410,16 +460,6 @@ def read(book: Book, doubtful: Sequence[TrackedPolicy]) -> Run[dict[TrackedPolic
     for tracked in missing:
         book.read(tracked, None)
     return unread
-
-
-def dump(book: Book) -> Run[Rows]:
-    """All policies, without those that are dead already."""
-    rows: Rows = yield Dump()
-    if not book.abi.dump_lists_dead or not rows.numbers:
-        return rows
-    found = yield from get(book, [row.id for row in rows.numbers])
-    alive = [number for number, policy in enumerate(found) if policy is not None]
-    return Rows([rows.numbers[number] for number in alive], [rows.policies[number] for number in alive])
 
 
 def _match(book: Book, missing: list[TrackedPolicy], rows: Rows) -> Run[list[TrackedPolicy]]:

@@ -1,0 +1,609 @@
+"""Guards: what stands in for a policy while it is updated, on every kernel; what each packet meets at every step."""
+
+from __future__ import annotations
+
+import pytest
+from faulty import Fault, FaultyChannel, interrupts, loses_reply, loses_request, rejects
+from rig import ALL, BSD, DROP, ESP, IN, LINUX, MOVED, OUT, PRIORITIES, REKEYED, UNLINK_FIRST, Rig
+from scenarios import ADD, DEL, UPD
+
+from pfkey import Abi, Action, Assignment, Direction, KernelError, MessageType, PFKeyError, Policy, Rank, Selector
+from pfkey.guards import (
+    Guard,
+    Kind,
+    Tag,
+    alias_selectors,
+    discard_selectors,
+    guard_policies,
+    owner_number,
+    read_tag,
+    real_selector,
+    tag_lifetime,
+)
+from pfkey.messages import Lifetime
+
+SITE = Selector("10.1.0.0/16", "10.2.0.0/16")
+HOSTS = Selector("10.1.0.2", "10.2.0.2")
+HOSTS6 = Selector("2001:db8:1::2", "2001:db8:2::2")
+LINK_LOCAL = Selector("fe80::1", "fe80::2")
+ELSEWHERE = Selector("10.8.0.0/16", "10.9.0.0/16")
+WAYS = pytest.mark.parametrize("direction", [IN, OUT])
+FREEBSD_13 = Abi.freebsd(13)
+
+
+# Selectors and tags.
+
+
+def test_aliases_match_the_same_packets_under_another_identity_on_the_wire() -> None:
+    for selector in (SITE, Selector("0.0.0.0/0", "0.0.0.0/0"), Selector("10.1.0.0/31", "10.2.0.1"), HOSTS6,
+                     Selector("10.1.0.1", "10.2.0.0/31"), Selector("2001:db8::/32", "::/0"),
+                     Selector("10.1.0.0/16", "10.2.0.0/16", protocol="tcp", destination_port=443),
+                     Selector("10.1.0.0/16", "10.2.0.0/16", protocol="icmp", icmp_type=3, icmp_code=4)):  # fmt: skip
+        aliases = list(alias_selectors(selector, FREEBSD_13))
+        assert aliases, selector
+        assert len({(alias.packed, alias.scopes) for alias in aliases} | {(selector.packed, selector.scopes)}) == (
+            len(aliases) + 1
+        )
+        for alias in aliases:
+            assert alias.identity == selector.identity
+            assert real_selector(alias, Kind.ALIAS) == selector
+
+
+def test_there_are_aliases_of_two_hosts_only_where_the_kernel_stores_scopes_that_packets_do_not_have() -> None:
+    assert list(alias_selectors(HOSTS, FREEBSD_13)) == []
+    assert list(alias_selectors(HOSTS6, Abi.linux())) == []
+    assert len(list(alias_selectors(HOSTS6, FREEBSD_13))) == 3
+    for selector in (
+        LINK_LOCAL,
+        Selector("fe80::1", "2001:db8::1"),
+        Selector("2001:db8::1", "fe80::1"),
+        Selector("2001:db8::1", "ff02::5"),  # OSPF: packets to it carry the scope of their link
+        Selector("2001:db8::1", "ff01::1"),
+    ):
+        assert list(alias_selectors(selector, FREEBSD_13)) == [], selector
+    assert list(alias_selectors(Selector("2001:db8::1", "ff0e::1"), FREEBSD_13)) != []
+
+
+def test_discard_guards_of_two_hosts_are_one_bit_wider_on_either_side() -> None:
+    for selector in (HOSTS, LINK_LOCAL, Selector("10.1.0.3", "10.2.0.3", protocol=6, source_port=5)):
+        found = list(discard_selectors(selector))
+        assert len(found) == 2
+        for guard in found:
+            assert real_selector(guard, Kind.DISCARD) == selector
+            lengths = {guard.source.network.prefixlen, guard.destination.network.prefixlen}
+            assert lengths == {selector.source.max_prefixlen, selector.source.max_prefixlen - 1}
+
+
+@pytest.mark.parametrize("abi", [Abi.linux(), FREEBSD_13, Abi.netbsd(), Abi.macos(), Abi.linux("big")], ids=str)
+def test_tags(abi: Abi) -> None:
+    for owner in (1, owner_number("a name"), 0x0FFFFFFF):
+        for kind in Kind:
+            lifetime = tag_lifetime(owner, kind, abi)
+            number = lifetime.bytes or lifetime.addtime
+            assert number < 1 << 63, "a signed 64-bit number of seconds"
+            assert number & 0xFFFFFFFF > 60 * 365 * 24 * 3600, "what a `long` of 32 bits makes of it is never reached"
+            assert number & 0xFFFFFFFF < 1 << 31, "and is no negative number there"
+            assert read_tag(lifetime, abi) == Tag(owner, kind)
+    for other in (None, Lifetime(), Lifetime(addtime=3600, bytes=3600), Lifetime(addtime=(1 << 63) - 1), Lifetime(
+        addtime=0x7000000100000001, bytes=0x7000000100000001), Lifetime(bytes=0x70000001_7FFF5F63)):  # fmt: skip
+        assert read_tag(other, abi) is None
+    assert owner_number("") == owner_number("")
+    assert owner_number("a") != owner_number("b")
+
+
+@pytest.mark.parametrize("profile", ALL)
+def test_the_tracked_policies_carry_the_tag_of_their_owner_in_the_kernel(profile: str) -> None:
+    rig = Rig(profile, owner="the daemon")
+    rig.tracker.add(OUT, SITE, ESP)
+    rig.tracker.add(OUT, SITE, MOVED)
+    (policy,) = rig.embedded.policies()
+    assert read_tag(policy.lifetime_hard, rig.abi) == Tag(owner_number("the daemon"), Kind.POLICY)
+
+
+# Which guard.
+
+NONE: tuple[MessageType, ...] = ()
+GUARDED = (ADD, DEL)
+
+
+def expected(abi: Abi, selector: Selector) -> str:
+    """Which guard an update of the only policy of its direction gets."""
+    if not (abi.update_unlinks_first or abi.sole_update_shows_none):
+        return "none"
+    if next(alias_selectors(selector, abi), None) is not None:
+        return "alias"
+    return "discard" if abi.update_unlinks_first else "filler"
+
+
+@WAYS
+@pytest.mark.parametrize("selector", [SITE, HOSTS, HOSTS6, LINK_LOCAL], ids=str)
+@pytest.mark.parametrize("profile", ALL)
+def test_the_guard_that_each_kernel_needs(profile: str, selector: Selector, direction: Direction) -> None:
+    rig = Rig(profile)
+    rig.tracker.add(direction, selector, ESP)
+    kind = expected(rig.abi, selector)
+    guards: dict[int, Policy] = {}
+    rig.embedded.on_step.append(lambda name, kernel: guards.update({one.id: one for one in rig.guards()}))
+    with rig.embedded.probe(direction, selector) as probe, rig.counting() as sent:
+        change = rig.tracker.add(direction, selector, MOVED)
+    assert change.sent == (UPD,)
+    assert change.guard == (NONE if kind == "none" else GUARDED)
+    assert [what for what, _ in sent] == [UPD] if kind == "none" else [ADD, UPD, DEL]
+    assert probe.bare == 0
+    assert probe.steps >= 1
+    if kind != "none":
+        (guard,) = guards.values()
+        assert guard.action == (Action.IPSEC if kind == "alias" else Action.DISCARD)
+        assert guard.templates == (MOVED.templates if kind == "alias" else ())
+        assert "guarded: " in change.reason
+        assert str(rig.abi) in change.reason
+    rig.agrees()
+
+
+@WAYS
+@pytest.mark.parametrize("selector", [SITE, HOSTS, HOSTS6], ids=str)
+@pytest.mark.parametrize("profile", UNLINK_FIRST)
+def test_the_control_without_a_guard_the_window_is_seen(profile: str, selector: Selector, direction: Direction) -> None:
+    rig = Rig(profile, guard="bare")
+    rig.tracker.add(direction, selector, ESP)
+    with rig.embedded.probe(direction, selector) as probe:
+        assert rig.tracker.add(direction, selector, MOVED).guard == ()
+    assert probe.bare >= 1
+
+
+def test_freebsd_14_needs_a_guard_for_the_only_policy_of_a_direction() -> None:
+    rig = Rig("freebsd-14")
+    rig.tracker.add(OUT, SITE, ESP)
+    rig.tracker.add(IN, ELSEWHERE, ESP)
+    assert rig.tracker.add(OUT, SITE, MOVED).guard == GUARDED
+    rig.tracker.add(OUT, ELSEWHERE, ESP)
+    with rig.embedded.probe(OUT, SITE) as probe:
+        assert rig.tracker.replace(OUT, SITE, MOVED, REKEYED).guard == NONE
+    assert probe.bare == 0
+    rig.tracker.remove(OUT, ELSEWHERE, ESP)
+    assert rig.tracker.add(OUT, SITE, MOVED).guard == GUARDED
+    bare = Rig("freebsd-14", guard="bare")
+    bare.tracker.add(OUT, SITE, ESP)
+    with bare.embedded.probe(OUT, SITE) as probe:
+        bare.tracker.add(OUT, SITE, MOVED)
+    assert probe.bare == 1, "the control"
+
+
+def test_the_filler_of_freebsd_14_stops_no_packet() -> None:
+    rig = Rig("freebsd-14")
+    rig.tracker.add(OUT, HOSTS, ESP)
+    neighbour = rig.embedded.probe(OUT, "10.1.0.2", "10.2.0.3")
+    with rig.embedded.probe(OUT, HOSTS) as probe, neighbour:
+        rig.tracker.add(OUT, HOSTS, MOVED)
+    assert all(step.policy is not None and step.policy.action == Action.IPSEC for step in probe.log)
+    assert all(step.policy is None for step in neighbour.log)
+
+
+@WAYS
+@pytest.mark.parametrize("profile", UNLINK_FIRST)
+def test_a_discard_guard_drops_the_packets_of_the_neighbour_while_it_stands(profile: str, direction: Direction) -> None:
+    rig = Rig(profile)
+    rig.tracker.add(direction, HOSTS, ESP)
+    neighbour = rig.embedded.probe(direction, "10.1.0.2", "10.2.0.3")
+    far = rig.embedded.probe(direction, "10.1.0.2", "10.2.0.4")
+    with rig.embedded.probe(direction, HOSTS) as probe, neighbour, far:
+        assert rig.tracker.add(direction, HOSTS, MOVED).guard == GUARDED
+    assert {step.policy.action for step in neighbour.log if step.policy} == {Action.DISCARD}
+    assert neighbour.log[-1].policy is None
+    assert all(step.policy is None for step in far.log)
+    assert Action.DISCARD in {step.policy.action for step in probe.log if step.policy}
+    assert probe.bare == 0
+    assert probe.log[-1].policy is not None
+    assert probe.log[-1].policy.action == Action.IPSEC
+
+
+@pytest.mark.parametrize("profile", PRIORITIES)
+@pytest.mark.parametrize(("before", "after"), [(1000, 2000), (2000, 1000), (1000, 1000)])
+def test_an_alias_holds_the_new_policy_at_the_weaker_of_the_two_priorities(
+    profile: str, before: int, after: int
+) -> None:
+    rig = Rig(profile)
+    old = Assignment(*ESP.templates, priority=before)
+    new = Assignment(*MOVED.templates, priority=after)
+    rig.tracker.add(OUT, SITE, old)
+    rig.other.add_policy(Policy(OUT, Selector("10.0.0.0/8", "10.0.0.0/8"), Action.NONE, priority=1500))
+    guards: list[Policy] = []
+    rig.embedded.on_step.append(lambda name, kernel: guards.extend(rig.guards()))
+    with rig.embedded.probe(OUT, SITE) as probe:
+        rig.tracker.replace(OUT, SITE, old, new)
+    assert {(guard.priority, guard.templates) for guard in guards} == {(max(before, after), MOVED.templates)}
+    ends = {probe.log[-1].policy.priority, before, 1500 if max(before, after) > 1500 else before}  # type: ignore[union-attr]
+    assert {step.policy.priority for step in probe.log if step.policy} <= ends | {max(before, after)}
+    assert probe.bare == 0
+
+
+# Linux: only past another policy, and not before all packets are through.
+
+HTTPS = Selector("10.1.0.0/16", "10.2.0.0/16", protocol="tcp", destination_port=443)
+DNS = Selector("10.1.0.0/16", "10.2.0.0/16", protocol="udp", destination_port=53)
+
+
+def strong(priority: int, base: Assignment = ESP) -> Assignment:
+    return Assignment(*base.templates, priority=priority)
+
+
+def waiting(rig: Rig) -> list[int]:
+    """How many messages had been sent whenever it was waited until all packets are through."""
+    found: list[int] = []
+
+    def grace_period() -> None:
+        found.append(len(rig.writes()))
+        rig.embedded.grace_period()
+
+    rig.kernel.grace_period = grace_period  # type: ignore[attr-defined]
+    return found
+
+
+# (what lies beside it, its selector, direction and priority, old and new priority, whether it takes a guard)
+BETWEEN = [
+    ("between", DNS, OUT, 1500, 2000, 1000, True),
+    ("as strong as the old", DNS, OUT, 2000, 2000, 1000, True),
+    ("as strong as the new", DNS, OUT, 1000, 2000, 1000, True),
+    ("in front of both", DNS, OUT, 500, 2000, 1000, False),
+    ("behind both", DNS, OUT, 2500, 2000, 1000, False),
+    ("it gets weaker", DNS, OUT, 1500, 1000, 2000, False),
+    ("it stays", DNS, OUT, 1500, 1500, 1500, False),
+    ("other networks", Selector("10.1.0.0/24", "10.2.0.0/16"), OUT, 1500, 2000, 1000, False),
+    ("the other direction", DNS, IN, 1500, 2000, 1000, False),
+]
+
+
+@pytest.mark.parametrize("whose", ["ours", "theirs"])
+@pytest.mark.parametrize("case", BETWEEN, ids=lambda case: case[0])
+@pytest.mark.parametrize("profile", LINUX)
+def test_linux_guards_what_gets_stronger_past_another_policy(profile: str, case: tuple, whose: str) -> None:  # type: ignore[type-arg]
+    _, selector, direction, between, before, after, guarded = case
+    rig = Rig(profile)
+    waits = waiting(rig)
+    rig.tracker.add(OUT, HTTPS, strong(before))
+    if whose == "ours":
+        rig.tracker.add(direction, selector, strong(between))
+    else:
+        rig.other.add_policy(Policy(direction, selector, Action.DISCARD, priority=between))
+    start = len(rig.writes())
+    with rig.embedded.probe(OUT, HTTPS) as probe:
+        change = rig.tracker.replace(OUT, HTTPS, strong(before), strong(after, MOVED))
+    assert change.guard == (GUARDED if guarded else NONE)
+    assert probe.bare == 0
+    assert waits == ([start + 2] if guarded else []), "after the update, before the alias goes"
+    rig.agrees()
+
+
+def test_the_control_linux_without_a_guard_is_seen_to_be_bare() -> None:
+    rig = Rig("linux-smp", guard="bare")
+    rig.tracker.add(OUT, DNS, strong(1500))
+    rig.tracker.add(OUT, HTTPS, strong(2000))
+    with rig.embedded.probe(OUT, HTTPS) as probe:
+        rig.tracker.replace(OUT, HTTPS, strong(2000), strong(1000, MOVED))
+    assert probe.bare >= 1
+
+
+def test_the_control_without_the_pause_is_seen_to_be_bare() -> None:
+    rig = Rig("linux-smp")
+    rig.kernel.grace_period = lambda: None  # type: ignore[attr-defined]
+    rig.tracker.add(OUT, DNS, strong(1500))
+    rig.tracker.add(OUT, HTTPS, strong(2000))
+    with rig.embedded.probe(OUT, HTTPS) as probe:
+        rig.tracker.replace(OUT, HTTPS, strong(2000), strong(1000, MOVED))
+    assert probe.bare >= 1
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_linux_policies_that_pass_each_other_within_one_transaction(first: int) -> None:
+    """2000 -> 1000 beside 3000 -> 1500: the one that goes second passes the new place of the other."""
+    rig = Rig("linux-smp")
+    rig.tracker.add(OUT, HTTPS, strong(2000))
+    rig.tracker.add(OUT, DNS, strong(3000))
+    moves = [(HTTPS, 2000, 1000), (DNS, 3000, 1500)]
+    probes = [rig.embedded.probe(OUT, selector) for selector in (HTTPS, DNS)]
+    for probe in probes:
+        probe.arm()
+    with rig.tracker.transaction():
+        for selector, before, after in moves[first:] + moves[:first]:
+            rig.tracker.replace(OUT, selector, strong(before), strong(after, MOVED))
+    assert [probe.bare for probe in probes] == [0, 0]
+    rig.agrees()
+
+
+def test_linux_a_policy_that_passes_one_added_with_it() -> None:
+    rig = Rig("linux-smp")
+    rig.tracker.add(OUT, HTTPS, strong(2000))
+    with rig.embedded.probe(OUT, HTTPS) as probe, rig.tracker.transaction():
+        rig.tracker.add(OUT, DNS, strong(1500))
+        rig.tracker.replace(OUT, HTTPS, strong(2000), strong(1000, MOVED))
+    assert probe.bare == 0
+    rig.agrees()
+
+
+def test_linux_an_interrupt_while_waiting_does_not_shorten_the_wait() -> None:
+    rig = Rig("linux-smp")
+    rig.tracker.add(OUT, DNS, strong(1500))
+    rig.tracker.add(OUT, HTTPS, strong(2000))
+    calls = 0
+
+    def grace_period() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise KeyboardInterrupt
+        rig.embedded.grace_period()
+
+    rig.kernel.grace_period = grace_period  # type: ignore[attr-defined]
+    with rig.embedded.probe(OUT, HTTPS) as probe, pytest.raises(KeyboardInterrupt):
+        rig.tracker.replace(OUT, HTTPS, strong(2000), strong(1000, MOVED))
+    assert calls == 2
+    assert probe.bare == 0
+    assert rig.guards() == [], "seen to before the interrupt went on"
+    rig.agrees()
+
+
+def test_linux_what_cannot_be_read_is_guarded() -> None:
+    rig = Rig("linux")
+    rig.tracker.add(OUT, HTTPS, strong(2000))
+    rig.fault(MessageType.SPDDUMP, rejects("ENOMEM"))
+    assert rig.tracker.replace(OUT, HTTPS, strong(2000), strong(1000)).guard == GUARDED
+
+
+# What goes wrong.
+
+
+@WAYS
+@pytest.mark.parametrize("selector", [SITE, HOSTS, HOSTS6], ids=str)
+@pytest.mark.parametrize("profile", UNLINK_FIRST)
+def test_a_rejected_guard_leaves_the_old_policy(profile: str, selector: Selector, direction: Direction) -> None:
+    rig = Rig(profile)
+    rig.tracker.add(direction, selector, ESP)
+    rig.fault(ADD, rejects("EPROTONOSUPPORT"))
+    told = r"was to guard an update \(.* removes a policy before .* still is ipsec"
+    probe = rig.embedded.probe(direction, selector)
+    with probe, rig.counting() as sent, pytest.raises(KernelError, match=told):
+        rig.tracker.add(direction, selector, MOVED)
+    assert [kind for kind, _ in sent] == [ADD]
+    assert probe.steps == 0
+    assert rig.tracker.assignments(direction, selector) == (ESP,)
+    rig.agrees()
+    assert rig.tracker.add(direction, selector, MOVED).sent == (UPD,)
+    rig.agrees()
+
+
+@WAYS
+@pytest.mark.parametrize("profile", UNLINK_FIRST)
+@pytest.mark.parametrize("selector", [SITE, HOSTS, HOSTS6], ids=str)
+def test_a_selector_that_somebody_else_has_is_not_touched(
+    profile: str, selector: Selector, direction: Direction
+) -> None:
+    rig = Rig(profile)
+    rig.tracker.add(direction, selector, ESP)
+    first = guard_policies(rig.held(selector, direction), None, rig.abi, Guard.AUTO, 1)[0].selector  # type: ignore[arg-type]
+    theirs = rig.other.add_policy(Policy(direction, first, Action.NONE, priority=4 if rig.abi.has_priority else 0))
+    with rig.counting() as sent:
+        change = rig.tracker.add(direction, selector, MOVED)
+    assert change.sent == (UPD,)
+    assert change.guard == (ADD, ADD, DEL)
+    assert sent[0][1] != sent[1][1] == sent[3][1]
+    assert rig.other.get_policy(theirs.id).action == Action.NONE
+    assert len(rig.entries(direction)) == 2
+
+
+def test_when_all_candidates_are_taken_nothing_is_updated() -> None:
+    rig = Rig("freebsd-13")
+    rig.tracker.add(OUT, SITE, ESP)
+    policy = rig.held(SITE)
+    assert policy is not None
+    for guard in guard_policies(policy, None, rig.abi, Guard.AUTO, 1):
+        rig.other.add_policy(Policy(OUT, guard.selector, Action.NONE, priority=900000))
+    with pytest.raises(FileExistsError, match="was not updated and still is"):
+        rig.tracker.add(OUT, SITE, MOVED)
+    assert rig.held(SITE).templates == ESP.templates  # type: ignore[union-attr]
+
+
+def test_a_guard_that_was_never_answered_is_not_deleted_unless_it_is_ours() -> None:
+    """The answer was EEXIST and got lost: somebody else has that selector, and SPDDELETE would hit theirs."""
+    for fault in (loses_request, loses_reply):
+        rig = Rig("freebsd-13")
+        rig.tracker.add(OUT, SITE, ESP)
+        alias = next(alias_selectors(SITE, rig.abi))
+        theirs = rig.other.add_policy(Policy(OUT, alias, Action.DISCARD, priority=900000))
+        rig.fault(ADD, fault)
+        with pytest.raises(PFKeyError, match="was to guard an update"):
+            rig.tracker.add(OUT, SITE, MOVED)
+        assert [policy.id for policy in rig.entries()][-1] == theirs.id
+        rig.tracker.add(OUT, SITE, MOVED)
+        rig.tracker.flush()
+        assert [policy.id for policy in rig.entries()] == [theirs.id]
+
+
+def test_a_guard_that_was_never_answered_stays_while_nobody_can_tell_whose_it_is() -> None:
+    rig = Rig("freebsd-13")
+    rig.tracker.add(OUT, SITE, ESP)
+    rig.fault(ADD, loses_reply)
+    rig.fault(MessageType.SPDDUMP, rejects("ENOMEM"))
+    with pytest.raises(PFKeyError, match="was to guard an update"):
+        rig.tracker.add(OUT, SITE, MOVED)
+    assert len(rig.guards()) == 1
+    rig.tracker.add(OUT, SITE, MOVED)
+    rig.agrees()
+
+
+@pytest.mark.parametrize("fault", [rejects("ENOMEM"), loses_request, loses_reply], ids=["rejected", "lost", "unknown"])
+@WAYS
+@pytest.mark.parametrize("profile", BSD)
+def test_a_guard_that_cannot_be_deleted_goes_with_the_next_call(
+    profile: str, direction: Direction, fault: object
+) -> None:
+    rig = Rig(profile)
+    rig.tracker.add(direction, SITE, ESP)
+    rig.channel.faults.append(Fault(DEL, fault))  # type: ignore[arg-type]
+    change = rig.tracker.add(direction, SITE, MOVED)
+    assert change.sent == (UPD,)
+    assert "could not be deleted and stays until the next call" in change.reason
+    assert "guard of a former update is still there" in rig.tracker.explain(direction, SITE).reason
+    rig.tracker.add(direction, SITE, MOVED)
+    rig.agrees()
+    rig.channel.faults.append(Fault(DEL, fault))  # type: ignore[arg-type]
+    rig.tracker.add(direction, SITE, ESP)
+    rig.tracker.flush()
+    assert rig.embedded.policies() == []
+
+
+@pytest.mark.parametrize("profile", UNLINK_FIRST)
+def test_behind_a_stale_guard_that_will_not_go_nothing_is_updated(profile: str) -> None:
+    rig = Rig(profile)
+    rig.tracker.add(OUT, SITE, ESP)
+    for _ in range(2):
+        rig.fault(DEL, rejects("ENOMEM"))
+    rig.tracker.add(OUT, SITE, MOVED)
+    with pytest.raises(PFKeyError, match=r"a guard of a former update .* could not be deleted and would stay"):
+        rig.tracker.add(OUT, SITE, ESP)
+    rig.tracker.add(OUT, SITE, ESP)
+    rig.agrees()
+
+
+@WAYS
+@pytest.mark.parametrize("selector", [SITE, HOSTS, HOSTS6], ids=str)
+@pytest.mark.parametrize("profile", BSD)
+def test_a_rejected_update_is_put_back_under_the_guard(profile: str, selector: Selector, direction: Direction) -> None:
+    rig = Rig(profile)
+    rig.tracker.add(direction, selector, ESP)
+    rig.tracker.add(direction, ELSEWHERE, ESP)
+    rig.embedded.fail_next(UPD, "EINVAL", "unlinked")
+    with rig.embedded.probe(direction, selector) as probe, pytest.raises(KernelError) as raised:
+        rig.tracker.add(direction, selector, MOVED)
+    assert str(raised.value) == (
+        f"SPDUPDATE of {direction.name.lower()} {selector} was rejected (EINVAL); {rig.abi} removes the policy in that"
+        " case; it has been put back"
+    )
+    assert rig.tracker.assignments(direction, selector) == (ESP,)
+    if rig.abi.update_unlinks_first:
+        assert probe.bare == 0
+    rig.agrees()
+
+
+@pytest.mark.parametrize("profile", ALL)
+def test_an_interrupt_at_every_message_leaves_no_guard_and_no_gap(profile: str) -> None:
+    for kind in (ADD, UPD, DEL):
+        rig = Rig(profile, guard="alias")
+        rig.tracker.add(OUT, SITE, ESP)
+        rig.fault(kind, interrupts)
+        with rig.embedded.probe(OUT, SITE) as probe:
+            with pytest.raises(KeyboardInterrupt):
+                rig.tracker.add(OUT, SITE, MOVED)
+            assert rig.guards() == []
+            rig.tracker.add(OUT, SITE, MOVED)
+        assert probe.bare == 0
+        rig.agrees()
+
+
+# Settings.
+
+
+@pytest.mark.parametrize("profile", ALL)
+def test_guard_alias_guards_every_update(profile: str) -> None:
+    rig = Rig(profile, guard="alias")
+    for selector in (SITE, ELSEWHERE):
+        rig.tracker.add(OUT, selector, ESP)
+    assert rig.tracker.add(OUT, SITE, MOVED).guard == GUARDED
+    assert rig.tracker.add(OUT, SITE, REKEYED).guard == GUARDED
+    rig.agrees()
+
+
+@pytest.mark.parametrize("profile", UNLINK_FIRST)
+def test_guard_discard_drops_packets_instead(profile: str) -> None:
+    rig = Rig(profile, guard="discard")
+    rig.tracker.add(OUT, SITE, ESP)
+    with rig.embedded.probe(OUT, SITE) as probe:
+        assert rig.tracker.add(OUT, SITE, MOVED).guard == GUARDED
+    assert Action.DISCARD in {step.policy.action for step in probe.log if step.policy}
+    assert probe.bare == 0
+    rig.agrees()
+
+
+@pytest.mark.parametrize("profile", UNLINK_FIRST)
+def test_host_guard_bare_is_for_two_hosts_alone(profile: str) -> None:
+    rig = Rig(profile, host_guard="bare")
+    for selector in (ELSEWHERE, HOSTS, HOSTS6):
+        rig.tracker.add(OUT, selector, ESP)
+    assert rig.tracker.add(OUT, HOSTS, MOVED).guard == NONE
+    assert rig.tracker.add(OUT, ELSEWHERE, MOVED).guard == GUARDED
+    assert rig.tracker.add(OUT, HOSTS6, MOVED).guard == GUARDED, "there is an alias"
+
+
+def test_what_is_no_setting() -> None:
+    for how in ({"guard": "always"}, {"host_guard": ""}, {"ownership": "steal"}, {"linger": -1}):
+        with pytest.raises(ValueError, match=r"valid|linger"):
+            Rig("linux", **how)
+
+
+@pytest.mark.parametrize("profile", ALL)
+def test_several_policies_at_once_stand_behind_three_barriers(profile: str) -> None:
+    """All guards, then all updates, then all deletions, as they come on the wire."""
+    rig = Rig(profile, guard="alias")
+    sites = [Selector(f"10.{number}.0.0/16", "192.168.0.0/16") for number in range(1, 9)]
+    for selector in sites:
+        rig.tracker.add(OUT, selector, ESP)
+    probes = [rig.embedded.probe(OUT, selector) for selector in sites]
+    for probe in probes:
+        probe.arm()
+    with rig.counting() as sent, rig.tracker.transaction() as transaction:
+        for selector in sites:
+            rig.tracker.replace(OUT, selector, ESP, MOVED)
+    assert [kind for kind, _ in sent] == [ADD] * 8 + [UPD] * 8 + [DEL] * 8
+    assert {change.guard for change in transaction.changes.values()} == {GUARDED}
+    assert [probe.bare for probe in probes] == [0] * 8
+    rig.agrees()
+
+
+@pytest.mark.parametrize("profile", UNLINK_FIRST)
+def test_of_several_the_one_whose_guard_failed_is_left_alone(profile: str) -> None:
+    rig = Rig(profile)
+    sites = [Selector(f"10.{number}.0.0/16", "192.168.0.0/16") for number in range(1, 5)]
+    for selector in sites:
+        rig.tracker.add(OUT, selector, ESP)
+    rig.fault(ADD, rejects("ENOMEM"), skip=1)
+    rig.embedded.fail_next(UPD, "ENOBUFS", "unlinked")
+    with pytest.raises(PFKeyError, match="2 policies could not be brought") as raised, rig.tracker.transaction():
+        for selector in sites:
+            rig.tracker.replace(OUT, selector, ESP, MOVED)
+    assert {str(name) for name in raised.value.errors} == {f"out {sites[0]}", f"out {sites[1]}"}  # type: ignore[attr-defined]
+    assert [rig.held(selector).templates for selector in sites] == [  # type: ignore[union-attr]
+        *(ESP.templates,) * 2, *(MOVED.templates,) * 2,
+    ]  # fmt: skip
+    rig.agrees()
+
+
+def test_a_trap_becomes_an_sa_without_a_guard_on_linux_and_with_one_on_freebsd_13() -> None:
+    for profile, guard in (("linux", NONE), ("freebsd-13", GUARDED)):
+        rig = Rig(profile)
+        rig.tracker.add(OUT, SITE, Assignment(*ESP.templates, rank=Rank.TRAP))
+        assert rig.tracker.add(OUT, SITE, ESP).guard == guard
+
+
+def test_a_drop_that_becomes_an_sa_meets_the_drop_or_the_sa() -> None:
+    for profile in BSD:
+        rig = Rig(profile)
+        rig.tracker.add(OUT, SITE, DROP)
+        with rig.embedded.probe(OUT, SITE) as probe:
+            rig.tracker.replace(OUT, SITE, DROP, ESP)
+        assert probe.bare == 0
+        assert {step.policy.action for step in probe.log if step.policy} <= {Action.DISCARD, Action.IPSEC}
+
+
+def test_a_channel_that_fails_in_the_middle_of_a_guarded_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(channel: FaultyChannel, data: bytes) -> None:
+        raise OSError(32, "Broken pipe")
+
+    rig = Rig("freebsd-13")
+    rig.tracker.add(OUT, SITE, ESP)
+    rig.fault(UPD, gone)
+    with rig.embedded.probe(OUT, SITE) as probe:
+        with pytest.raises(PFKeyError):
+            rig.tracker.add(OUT, SITE, MOVED)
+        rig.tracker.reconnect(rig.other)
+        rig.tracker.add(OUT, SITE, MOVED)
+    assert probe.bare == 0
+    rig.agrees()
