@@ -443,18 +443,21 @@ def read(book: Book, doubtful: Sequence[TrackedPolicy]) -> Run[dict[TrackedPolic
         else:
             unread[tracked] = policy
     missing += [tracked for tracked in doubtful if not tracked.installed.policy_id]
-    for _ in range(2):
+    for again in range(_DUMPS):
         # Linux leaves an entry that is updated meanwhile out of a dump: without an id, only a second one can tell.
         if not missing:
             break
+        listed: set[TrackedPolicy] = set()
         try:
-            rows = yield from dump(book)
-            missing = yield from _match(book, missing, rows)
+            rows = yield Dump()  # dead rows too: who is listed may be there under another id
+            missing = yield from _match(book, missing, rows, listed)
         except (PFKeyError, OSError) as error:
             log.warning("the policies could not be read: %s", error)
             unread |= dict.fromkeys(missing, error)
             return unread
-        for tracked in [one for one in missing if one.installed.policy_id]:
+        # On FreeBSD an entry that is updated between the dump and the SPDGET has another id then.
+        renewed = listed if book.abi.update_changes_id else set()
+        for tracked in [one for one in missing if one not in renewed and (one.installed.policy_id or again)]:
             book.read(tracked, None)
             missing.remove(tracked)
     for tracked in missing:
@@ -462,14 +465,24 @@ def read(book: Book, doubtful: Sequence[TrackedPolicy]) -> Run[dict[TrackedPolic
     return unread
 
 
-def _match(book: Book, missing: list[TrackedPolicy], rows: Rows) -> Run[list[TrackedPolicy]]:
-    """Find them among the rows of a dump, the newest first; entries that SPDGET does not know (marks) are not them."""
+_DUMPS = 4
+"""How often the policies are read in search of one that is listed, and then not known by that id any more."""
+
+
+def _match(
+    book: Book, missing: list[TrackedPolicy], rows: Rows, listed: set[TrackedPolicy]
+) -> Run[list[TrackedPolicy]]:
+    """Find them among the rows of a dump, the newest first; entries that SPDGET does not know (marks) are not them.
+
+    Those that had a row are added to `listed`.
+    """
     wanted = {(int(one.direction), one.selector.identity): one for one in missing}
     candidates: list[tuple[TrackedPolicy, int]] = []
     for row in rows.numbers:
         tracked = wanted.get((row.direction, row.identity))
         if tracked is not None:
             candidates.append((tracked, row.id))
+            listed.add(tracked)
     candidates.sort(key=lambda candidate: candidate[1], reverse=True)
     found = yield from get(book, [policy_id for _, policy_id in candidates])
     done: set[TrackedPolicy] = set()

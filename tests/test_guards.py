@@ -422,7 +422,8 @@ def test_a_guard_that_was_never_answered_stays_while_nobody_can_tell_whose_it_is
     rig = Rig("freebsd-13")
     rig.tracker.add(OUT, SITE, ESP)
     rig.fault(ADD, loses_reply)
-    rig.fault(MessageType.SPDDUMP, rejects("ENOMEM"))
+    for _ in range(2):
+        rig.fault(MessageType.SPDDUMP, rejects("ENOMEM"))
     with pytest.raises(PFKeyError, match="was to guard an update"):
         rig.tracker.add(OUT, SITE, MOVED)
     assert len(rig.guards()) == 1
@@ -430,7 +431,17 @@ def test_a_guard_that_was_never_answered_stays_while_nobody_can_tell_whose_it_is
     rig.agrees()
 
 
-@pytest.mark.parametrize("fault", [rejects("ENOMEM"), loses_request, loses_reply], ids=["rejected", "lost", "unknown"])
+@pytest.mark.parametrize("profile", BSD)
+def test_a_guard_whose_deletion_was_not_answered_is_looked_for(profile: str) -> None:
+    rig = Rig(profile)
+    rig.tracker.add(OUT, SITE, ESP)
+    rig.channel.faults.append(Fault(DEL, loses_reply))
+    change = rig.tracker.add(OUT, SITE, MOVED)
+    assert "could not be deleted" not in change.reason
+    rig.agrees()
+
+
+@pytest.mark.parametrize("fault", [rejects("ENOMEM"), loses_request], ids=["rejected", "lost"])
 @WAYS
 @pytest.mark.parametrize("profile", BSD)
 def test_a_guard_that_cannot_be_deleted_goes_with_the_next_call(

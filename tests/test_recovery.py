@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from faulty import FaultyChannel, loses_reply, rejects
+from faulty import FaultyChannel, loses_reply, loses_request, rejects
 from rig import ALL, BSD, DROP, ESP, IN, LISTS_THE_DEAD, MOVED, OUT, UNLINK_FIRST, KilledError, Rig
 from scenarios import ADD, DEL, UPD
 
@@ -301,10 +301,18 @@ def test_a_guard_whose_policy_cannot_be_added_stays(profile: str) -> None:
 
 
 def test_an_add_of_a_guard_that_got_lost_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its answer is lost: it stands, and goes with the next call."""
+    """Its answer is lost: that it stands is read, and the update goes on under it."""
     rig = Rig("freebsd-13")
     rig.tracker.add(OUT, SITE, ESP)
     rig.fault(ADD, loses_reply)
+    assert rig.tracker.add(OUT, SITE, MOVED).sent == (UPD,)
+    rig.agrees()
+
+
+def test_a_guard_that_never_came_leaves_what_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig("freebsd-13")
+    rig.tracker.add(OUT, SITE, ESP)
+    rig.fault(ADD, loses_request)
     with pytest.raises(Exception, match="was to guard an update"):
         rig.tracker.add(OUT, SITE, MOVED)
     assert rig.held(SITE).templates == ESP.templates  # type: ignore[union-attr]
