@@ -142,25 +142,34 @@ def test_a_conversation_takes_anything(part: int, datagrams: list[bytes], abi: A
 
 
 KERNELS = {profile: EmbeddedKernel(profile) for profile in ALL}
+SPOILED = dict.fromkeys(ALL, 0)
+"""How many requests each kernel has had since it took one that is no message for us."""
 
 
 @rounds
 @given(st.sampled_from(ALL), st.one_of(st.binary(max_size=200), damaged()))
 @long
 def test_any_bytes_are_answered_or_refused(part: int, profile: str, data: bytes) -> None:
-    """One kernel lives through all of it."""
+    """One kernel lives through all of it; what it says can be read as long as what it was told could.
+
+    FreeBSD takes keys of more bits than bytes and templates that it never looks at, echoes them, and dumps them later.
+    """
     kernel = KERNELS[profile]
     channel = kernel.connect()
+    SPOILED[profile] += bool(SPOILED[profile]) or not readable(data, kernel.abi)
     try:
         channel.send(data)
     except OSError as error:
         assert error.errno or getattr(error, "name", "")  # noqa: PT017
+    answered = False
     while (answer := channel.receive(0)) is not None:
-        # FreeBSD echoes what it never looked at: a refused request, and the templates of an SPDDELETE that worked.
-        assert answer[2] or readable(answer, kernel.abi) or not readable(data, kernel.abi)
+        answered |= not answer[2]
+        assert answer[2] or SPOILED[profile] or readable(answer, kernel.abi)
     channel.close()
-    if len(kernel.spd) > 500:
-        KERNELS[profile] = EmbeddedKernel(profile)
+    if SPOILED[profile] == 1 and not answered:
+        SPOILED[profile] = 0  # it was refused
+    if len(kernel.spd) > 500 or SPOILED[profile] > 100:
+        KERNELS[profile], SPOILED[profile] = EmbeddedKernel(profile), 0
 
 
 def test_an_echo_that_cannot_be_read_is_a_decode_error() -> None:
