@@ -141,8 +141,7 @@ class AsyncLink(Shared):
         self._waiting[waiter] = None
         while not waiter.done and not self._closed:
             try:
-                self._go_on_reading(waiter)
-                if waiter.done:
+                if self._has_read_all(waiter):
                     break
                 left = waiter.left
                 if left <= 0:
@@ -171,7 +170,7 @@ class AsyncLink(Shared):
                 raise RuntimeError("an AsyncKernel belongs to the event loop in which it was first used")
             self._loop = loop
 
-    def _go_on_reading(self, waiter: Task) -> None:
+    def _has_read_all(self, waiter: Task) -> bool:
         """Take what is there already; when that is not all that it waits for, see to it that more is read."""
         if self._descriptor < 0:
             self._watch_descriptor()
@@ -179,6 +178,7 @@ class AsyncLink(Shared):
             self._read_all()
             if self._descriptor < 0 and not waiter.done:
                 self._start_work()
+        return waiter.done
 
     def _watch_descriptor(self) -> None:
         descriptor = self.channel.fileno()
