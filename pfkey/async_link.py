@@ -210,11 +210,12 @@ class AsyncLink(Shared):
             return
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="pfkey-receive")
-        wait = partial(receive, self.channel, AT_ONCE, SLICE, dump=self._room.dumping)
+        looks = self._rest_of_dump  # for what is left, and does not wait: somebody else may, for the end of that
+        wait = partial(receive, self.channel, AT_ONCE, 0.0 if looks else SLICE, dump=self._room.dumping)
         self._work = self._loop.run_in_executor(self._executor, wait)
-        self._work.add_done_callback(self._worked)
+        self._work.add_done_callback(partial(self._worked, looks))
 
-    def _worked(self, work: asyncio.Future[list[bytes | Batch] | None]) -> None:
+    def _worked(self, looked: bool, work: asyncio.Future[list[bytes | Batch] | None]) -> None:
         self._work = None
         if work.cancelled():
             return
@@ -223,7 +224,7 @@ class AsyncLink(Shared):
             if not self._closed:
                 self._failed(error)
             return
-        self._take(work.result(), emptied=False)
+        self._take(work.result(), emptied=looked)
         if any(not waiter.done for waiter in self._waiting):
             self._start_work()
 

@@ -196,7 +196,8 @@ def test_a_task_that_is_cancelled(rig: Rig) -> None:
     run(main)
 
 
-def test_a_dump_that_is_cancelled(rig: Rig) -> None:
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "with a reader of events"])
+def test_a_dump_that_is_cancelled(rig: Rig, beside: bool) -> None:
     """What is left of it is not taken for the next one."""
 
     async def main() -> None:
@@ -209,6 +210,8 @@ def test_a_dump_that_is_cancelled(rig: Rig) -> None:
                 channel.paused = message.type == MessageType.SPDDUMP
                 return False
 
+            reader = asyncio.ensure_future(anext(kernel.events())) if beside else None
+            await asyncio.sleep(0.01)
             channel.hold = pause
             dump = asyncio.create_task(kernel.dump_policies())
             await until(lambda: channel.paused)
@@ -218,6 +221,8 @@ def test_a_dump_that_is_cancelled(rig: Rig) -> None:
             channel.hold = lambda message: False
             channel.paused = False
             assert len(await kernel.dump_policies()) == 9
+            if reader is not None:
+                reader.cancel()
 
     run(main)
 
