@@ -141,8 +141,7 @@ class AsyncLink(Shared):
         self._waiting[waiter] = None
         while not waiter.done and not self._closed:
             try:
-                self._go_on_reading(waiter)
-                if waiter.done:
+                if self._has_read_all(waiter):
                     break
                 left = waiter.left
                 if left <= 0:
@@ -171,7 +170,7 @@ class AsyncLink(Shared):
                 raise RuntimeError("an AsyncKernel belongs to the event loop in which it was first used")
             self._loop = loop
 
-    def _go_on_reading(self, waiter: Task) -> None:
+    def _has_read_all(self, waiter: Task) -> bool:
         """Take what is there already; when that is not all that it waits for, see to it that more is read."""
         if self._descriptor < 0:
             self._watch_descriptor()
@@ -179,6 +178,7 @@ class AsyncLink(Shared):
             self._read_all()
             if self._descriptor < 0 and not waiter.done:
                 self._start_work()
+        return waiter.done
 
     def _watch_descriptor(self) -> None:
         descriptor = self.channel.fileno()
@@ -210,11 +210,12 @@ class AsyncLink(Shared):
             return
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="pfkey-receive")
-        wait = partial(receive, self.channel, AT_ONCE, SLICE, dump=self._room.dumping)
+        looks = self._rest_of_dump  # for what is left, and does not wait: somebody else may, for the end of that
+        wait = partial(receive, self.channel, AT_ONCE, 0.0 if looks else SLICE, dump=self._room.dumping)
         self._work = self._loop.run_in_executor(self._executor, wait)
-        self._work.add_done_callback(self._worked)
+        self._work.add_done_callback(partial(self._worked, looks))
 
-    def _worked(self, work: asyncio.Future[list[bytes | Batch] | None]) -> None:
+    def _worked(self, looked: bool, work: asyncio.Future[list[bytes | Batch] | None]) -> None:
         self._work = None
         if work.cancelled():
             return
@@ -223,7 +224,7 @@ class AsyncLink(Shared):
             if not self._closed:
                 self._failed(error)
             return
-        self._take(work.result(), emptied=False)
+        self._take(work.result(), emptied=looked)
         if any(not waiter.done for waiter in self._waiting):
             self._start_work()
 

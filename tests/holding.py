@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -24,6 +25,8 @@ class Holding:
         self.most_under_way = 0
         self.failing: list[BaseException] = []
         """What the next calls of receive raise, each once and in whatever thread it is."""
+        self.paused = False
+        """Nothing more is to be had for the moment; it stays where it is."""
         self._ready: deque[bytes] = deque()
         self._changed = threading.Condition()
 
@@ -40,21 +43,24 @@ class Holding:
         self.inner.send(data)
 
     def receive(self, timeout: float | None) -> bytes | None:
-        if self.failing:
-            raise self.failing.pop()
-        if not self._ready:
+        while not self._ready:
+            if self.failing:
+                raise self.failing.pop()
+            if self.paused:
+                time.sleep(min(0.01, 1.0 if timeout is None else timeout))
+                return None
             data = self.inner.receive(timeout)
             if data is None:
                 return None
+            held = self.hold(decode(data, self.abi))
             with self._changed:
-                if self.hold(decode(data, self.abi)):
-                    self.held.append(data)
-                    self._changed.notify_all()
-                    return None
-                self._ready.append(data)
+                (self.held if held else self._ready).append(data)
+                self._changed.notify_all()
+        if self.failing:
+            raise self.failing.pop()
         with self._changed:
             self.under_way -= 1
-        return self._ready.popleft()
+            return self._ready.popleft()
 
     def wait(self, condition: Callable[[], bool]) -> None:
         """Until it is so; fails after a long time."""

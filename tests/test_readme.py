@@ -76,4 +76,4 @@ def test_the_commands_of_the_readme_exist(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_no_text_block_is_left_unchecked() -> None:
-    assert len(TEXTS) == 7
+    assert len(TEXTS) == 8
