@@ -19,7 +19,7 @@ from scenarios import SITE, TRAP, TRAP_1000, tunnel
 from pfkey import Action, Assignment, Channel, Direction, Kernel, Policy, PolicyTracker, Selector, Template, connect
 
 ConnectChannel = Callable[[], Channel]
-Key = tuple[Direction | int, Selector]
+Key = tuple[Direction, Selector]
 OWNER = "tests of crashes"
 OUT, IN = Direction.OUT, Direction.IN
 
@@ -264,12 +264,12 @@ def succeed(connect_channel: ConnectChannel, kernel: Kernel, life: Life) -> None
 def assert_held(kernel: Kernel, wanted: dict[Key, Assignment]) -> None:
     """These policies, in their canonical form, and the foreign one as it was: no guard, no leftover."""
     held = {
-        (one.direction, one.selector): (one.action, one.templates)
+        (Direction(one.direction), one.selector): (int(one.action), one.templates)
         for one in kernel.dump_policies()
         if is_alive(kernel, one)
     }
-    expected = {key: (assignment.action, assignment.templates) for key, assignment in wanted.items()}
-    expected[FOREIGN.direction, FOREIGN.selector] = (FOREIGN.action, FOREIGN.templates)
+    expected = {key: (int(assignment.action), assignment.templates) for key, assignment in wanted.items()}
+    expected[OUT, FOREIGN.selector] = (int(FOREIGN.action), FOREIGN.templates)
     assert held == expected, f"the kernel holds {held}, and should hold {expected}"
 
 

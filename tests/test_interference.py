@@ -1,4 +1,4 @@
-"""A tracker beside a second process that changes, deletes and flushes policies, over embedded kernels they share."""
+"""A tracker beside a second process that changes, deletes and flushes policies, over embedded kernels for both."""
 
 from __future__ import annotations
 

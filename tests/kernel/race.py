@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pfkey import Action, Direction, Kernel, PFKeyError, Policy, Selector, connect
 
 from .network import Cable, PacketCounter, cable, namespace
-from .xfrm import XfrmChannel
+from .xfrm import XfrmChannel, grace_period
 
 __all__ = [
     "BETWEEN",
@@ -55,8 +55,7 @@ STRONG, BETWEEN, WEAK = 10, 15, 20
 MANY = 200
 """Policies between those two: the longer the chain, the longer a lookup is on its way."""
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_MEMBARRIER = {"x86_64": 324, "aarch64": 283, "riscv64": 283, "ppc64le": 365, "s390x": 356}
+_libc = ctypes.CDLL(None)
 
 
 def missing_xfrm() -> str | None:
@@ -92,16 +91,6 @@ def between() -> list[Selector]:
 
 
 # Grace periods: after one, no lookup is under way that began before it.
-
-
-def grace_period() -> None:
-    """membarrier(MEMBARRIER_CMD_GLOBAL): Linux carries it out as synchronize_rcu(), unprivileged (4.3 and later).
-
-    Raises OSError where the call is missing or filtered.
-    """
-    if _libc.syscall(_MEMBARRIER[os.uname().machine], 1, 0, 0):
-        number = ctypes.get_errno()
-        raise OSError(number, f"membarrier: {os.strerror(number)}")
 
 
 def _packet_socket() -> None:

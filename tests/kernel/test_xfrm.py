@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import select
 import socket
 import struct
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 
@@ -33,6 +35,7 @@ from pfkey import (
     encode,
 )
 from pfkey.channel import NativeChannel
+from pfkey.typed import policy_message
 
 from .network import namespace
 from .race import missing_xfrm
@@ -188,6 +191,36 @@ def test_every_channel_of_a_process_gets_its_answers(channel: Callable[[], XfrmC
         assert kernel.get_policy(policy.id) == policy
         assert list(kernel.dump_policies()) == [policy]
         assert kernel.update_policy(policy).id == policy.id
+
+
+def test_it_is_readable_as_long_as_there_is_something(channel: Callable[[], XfrmChannel]) -> None:
+    """What it refuses itself, without asking the kernel, and what arrives in one piece with something else, too."""
+    one = channel()
+
+    def is_readable() -> bool:
+        return bool(select.select([one.fileno()], [], [], 0)[0])
+
+    assert not is_readable()
+    one.send(encode(Message(MessageType.ADD, abi=one.abi, seq=1, pid=9)))
+    for number in range(3):
+        policy = Policy(OUT, Selector(f"10.{number}.0.0/16", "10.0.0.0/8"), Action.DISCARD)
+        one.send(encode(policy_message(MessageType.SPDADD, policy, one.abi)))
+    said = 0
+    while is_readable():
+        said += one.receive(0) is not None
+    assert said == 4
+    assert one.receive(0) is None
+
+
+def test_a_reader_hears_what_another_thread_asks(channel: Callable[[], XfrmChannel]) -> None:
+    """It sleeps in the kernel while the request is refused without it."""
+    one = channel()
+    heard: list[bytes | None] = []
+    reader = threading.Thread(target=lambda: heard.append(one.receive(20)))
+    reader.start()
+    one.send(encode(Message(MessageType.ADD, abi=one.abi, seq=7, pid=9)))
+    reader.join(20)
+    assert [data and (data[1], data[2]) for data in heard] == [(MessageType.ADD, errno.EOPNOTSUPP)]
 
 
 def test_two_dumps_at_once_are_refused(channel: Callable[[], XfrmChannel]) -> None:

@@ -11,13 +11,17 @@ extensions that af_key would overlook are EINVAL; lost notices are reported, as 
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import os
 import select
 import socket
 import struct
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pfkey import Abi, Action, Direction, ExtensionType, Message, MessageType
@@ -30,7 +34,7 @@ from pfkey.messages import Address, PolicyExtension
 from . import xfrm_wire as wire
 from .xfrm_wire import Extensions, Netlink, Refused
 
-__all__ = ["XfrmChannel"]
+__all__ = ["XfrmChannel", "grace_period"]
 
 _SOL_NETLINK, _CAP_ACK = 270, 10
 _SO_RCVBUFFORCE, _BUFFER = 33, 8 << 20
@@ -61,12 +65,19 @@ class XfrmChannel:
     """The SPD of the network namespace that it is opened in, as a Channel of Linux's PF_KEY.
 
     Raises NotSupported where the kernel has no NETLINK_XFRM.  Without CAP_NET_ADMIN every request is answered EPERM.
+    One thread may send while another one receives.
     """
 
     def __init__(self) -> None:
         self.abi = Abi.linux()
         self._socket = _open(wire.GROUP_POLICY)
+        self._lock = threading.Lock()
         self._queue: deque[bytes] = deque()
+        # What is told without the kernel being asked, or along with something else, makes the channel readable too.
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._readable = select.epoll()
+        for descriptor in (self._bell, self._socket.fileno()):
+            self._readable.register(descriptor, select.EPOLLIN)
         self._pending: deque[_Pending] = deque()
         self._dumping: _Pending | None = None
         self._next_reqid = self.abi.maximum_reqid + 1
@@ -78,40 +89,68 @@ class XfrmChannel:
         """Give the kernel one message; raises OSError as the system call does, ChannelClosed on a closed channel."""
         self._check()
         _check_header(data)
-        try:
-            message = _decoded(bytes(data), self.abi)
-            kind, flags, body = _translator(message)(self, message)
-        except Refused as refusal:
-            self._queue.append(bytes([*data[:2], refusal.number, data[3]]) + _BARE + data[8:16])
-            return
-        pending = _Pending(message.type, message.seq, message.pid, int(message.satype))
-        if flags & wire.DUMP:
-            self._dumping = pending
-        else:
-            self._pending.append(pending)
-        self._socket.send(wire.pack_request(kind, flags, message.seq, message.pid, body))
+        with self._lock:
+            try:
+                message = _decoded(bytes(data), self.abi)
+                kind, flags, body = _translator(message)(self, message)
+            except Refused as refusal:
+                self._put(bytes([*data[:2], refusal.number, data[3]]) + _BARE + data[8:16])
+                return
+            pending = _Pending(message.type, message.seq, message.pid, int(message.satype))
+            if flags & wire.DUMP:
+                self._dumping = pending
+            else:
+                self._pending.append(pending)
+            self._socket.send(wire.pack_request(kind, flags, message.seq, message.pid, body))
 
     def receive(self, timeout: float | None, /) -> bytes | None:
         """The next message, None when none came within `timeout` seconds (None: wait for ever)."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        while not self._queue:
-            self._check()
+        while (told := self._next()) is None:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            poll = select.poll()
-            poll.register(self._socket, select.POLLIN)
-            if not poll.poll(None if left is None else left * 1000):
+            if not self._readable.poll(left):
                 return None
-            for message in wire.split(self._socket.recv(1 << 20)):
-                self._take(message)
-        return self._queue.popleft()
+            self._fetch()
+        return told
 
     def fileno(self) -> int:
-        """The netlink socket, -1 once closed.  Messages may be queued here although it is not readable."""
-        return self._socket.fileno()
+        """A descriptor that is readable when there is something to receive, -1 once closed."""
+        return -1 if self._readable.closed else self._readable.fileno()
+
+    def grace_period(self) -> None:
+        """Return when every packet that was looking at the SPD has finished looking."""
+        grace_period()
 
     def close(self) -> None:
         """Give it up; policies stay in the kernel."""
-        self._socket.close()
+        if not self._readable.closed:
+            self._readable.close()
+            os.close(self._bell)
+            self._socket.close()
+
+    def _next(self) -> bytes | None:
+        """What is told next; the bell rings as long as there is more."""
+        self._check()
+        with self._lock:
+            told = self._queue.popleft() if self._queue else None
+            if not self._queue:
+                with suppress(BlockingIOError):
+                    os.eventfd_read(self._bell)
+            return told
+
+    def _fetch(self) -> None:
+        """Take in one datagram, if there is one."""
+        try:
+            datagram = self._socket.recv(1 << 20, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        with self._lock:
+            for message in wire.split(datagram):
+                self._take(message)
+
+    def _put(self, told: bytes) -> None:
+        self._queue.append(told)
+        os.eventfd_write(self._bell, 1)
 
     def _check(self) -> None:
         if self._socket.fileno() < 0:
@@ -234,7 +273,7 @@ class XfrmChannel:
         whose.told += 1
         satype = 0 if extensions else whose.satype
         header = {"seq": whose.seq if seq is None else seq, "pid": whose.pid, "satype": satype, "errno": errno}
-        self._queue.append(encode_message(Message(whose.type, extensions, abi=self.abi, **header)))
+        self._put(encode_message(Message(whose.type, extensions, abi=self.abi, **header)))
 
 
 _Translator = Callable[[XfrmChannel, Message], tuple[int, int, bytes]]
@@ -295,7 +334,20 @@ def _named(message: Message) -> tuple[Address, Address, PolicyExtension]:
     return source, destination, policy
 
 
-# The socket.
+# The socket, and the kernel's clock.
+
+_MEMBARRIER = {"x86_64": 324, "aarch64": 283, "riscv64": 283, "ppc64le": 365, "s390x": 356}
+
+
+def grace_period() -> None:
+    """membarrier(MEMBARRIER_CMD_GLOBAL): Linux carries it out as synchronize_rcu(), for anybody (4.3 and later).
+
+    After it no lookup is under way that began before.  Raises OSError where the call is missing or filtered.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(_MEMBARRIER[os.uname().machine], 1, 0, 0):
+        number = ctypes.get_errno()
+        raise OSError(number, f"membarrier: {os.strerror(number)}")
 
 
 def _open(groups: int) -> socket.socket:
