@@ -227,7 +227,10 @@ class PolicyTracker:
 
     def _commit(self, transaction: Transaction) -> None:
         if transaction.sweep:
-            self._run(sweep(self._book, lambda tracked: self._seize(tracked, transaction)))
+            try:
+                self._run(sweep(self._book, lambda tracked: self._seize(tracked, transaction)))
+            except PFKeyError as error:
+                transaction.not_swept = error
         with self._lock:
             works = transaction.works(self._book)
         if works:

@@ -138,6 +138,7 @@ def sweep(book: Book, seize: Callable[[TrackedPolicy], None]) -> Steps:
             (known := table.get(row.identity)) is not None
             and known.installed.state is State.OURS
             and known.installed.policy_id == row.id
+            and (len(known) or _lingers(known))
         ):
             continue
         policy = rows.policies[number]
