@@ -33,7 +33,7 @@ class Assignment:
     priority: int | None
     _hash: int
     _content: Any
-    """What a kernel stores of it but the priority, as tracker.py last worked it out."""
+    """What a kernel stores of its templates, as tracker.py last worked it out; of a single one the template has it."""
     _content_abi: Any
     """For which system that was."""
 
@@ -123,6 +123,8 @@ _BASE = {Rank.PASS: 200000, Rank.REGULAR: 400000, Rank.TRAP: 400000, Rank.FALLBA
 _PREFIX_BIT, _PROTOCOL, _PORT = 512, 256, 64
 # By the rank's value: the hash of an enum's member is slow.
 _FIRST = {rank.value: base - (rank is not Rank.TRAP) for rank, base in _BASE.items()}
+_SHARED: dict[int, int] = {}
+"""The numbers that came up: many policies hold the same one, not equal ones.  There are some thousands at most."""
 
 
 def priority_of(selector: Selector, rank: Rank) -> int:
@@ -130,16 +132,18 @@ def priority_of(selector: Selector, rank: Rank) -> int:
 
     ICMP type and code count as ports.  A trap stands one behind what it stands in for.
     """
-    return _FIRST[rank._value_] - narrowness(selector)
+    return implied_priority(rank, narrowness(selector))
 
 
 def implied_priority(rank: Rank, narrow: int) -> int:
     """The same for a selector whose `narrowness` is known."""
-    return _FIRST[rank._value_] - narrow
+    number = _FIRST[rank._value_] - narrow
+    return _SHARED.setdefault(number, number)
 
 
 def narrowness(selector: Selector) -> int:
     """By how much a selector is in front of the widest of its rank."""
     _, _, source, _, destination, protocol, *ports = selector.identity[:8]
     narrow = _PREFIX_BIT * (source + destination) + _PORT * (len(ports) - ports.count(0))
-    return narrow + (_PROTOCOL if protocol != UpperProtocol.ANY else 0)
+    narrow += _PROTOCOL if protocol != UpperProtocol.ANY else 0
+    return _SHARED.setdefault(narrow, narrow)

@@ -61,8 +61,6 @@ class Book:
         self.indexes = {int(way): OverlapIndex() for way in abi.directions}
         self.standing = dict.fromkeys(map(int, abi.directions), 0)
         """How many of our policies the kernel acknowledged, by direction."""
-        self.places = 0
-        """How many insertions there were; a kernel that orders by insertion has them in this order."""
         self.recovered = False
         """The kernel was searched for guards that a dead process left."""
         self.orphans: dict[tuple[int, tuple[int, ...]], list[Policy]] = {}
@@ -159,20 +157,17 @@ class Book:
         if same and like is not None and (like.requests is requests or like.requests == requests):
             return like
         action = Action(row.action) if row.action in _STORED else row.action
-        return image_of(action, (), row.priority, self.abi)._replace(
-            requests=requests if action == Action.IPSEC else ()
-        )
+        if action != Action.IPSEC or not requests:
+            return image_of(action, (), row.priority, self.abi)
+        return Image(action, row.priority if self.abi.has_priority else 0, requests)
 
     def is_mine(self, policy: Policy) -> bool:
         """Whether it carries this tracker's own tag."""
         tag = read_tag(policy.lifetime_hard, self.abi)
         return tag is not None and tag.owner == self.settings.owner
 
-    def acknowledge(self, tracked: TrackedPolicy, image: Image, policy_id: int, *, inserted: bool = True) -> None:
+    def acknowledge(self, tracked: TrackedPolicy, image: Image, policy_id: int) -> None:
         """The kernel said that it holds this now."""
-        if inserted:
-            self.places += 1
-            tracked.place = self.places
         self.note(tracked, Installed(State.OURS, image, policy_id, was_ours=True))
 
     def ties(self, tracked: TrackedPolicy) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
+from typing import Any
 
 from ._selector import AddressLike, IPAddress, IPInterface, PrefixLike, Selector
 from .constants import (
@@ -58,6 +59,10 @@ class Template:
     level: Level | int = -1
     _packed: tuple[object, bytes] | None = field(default=None, init=False, repr=False, compare=False)
     """How it lies on the wire, as it was last worked out, and for which system."""
+    _stored: Any = field(default=None, init=False, repr=False, compare=False)
+    """What a kernel stores of it alone, as tracker.py last worked it out."""
+    _stored_abi: Any = field(default=None, init=False, repr=False, compare=False)
+    """For which system that was."""
 
     def __post_init__(self) -> None:
         if self.level < 0:

@@ -143,6 +143,7 @@ def sweep(book: Book) -> Run[list[TrackedPolicy]]:
             (known := table.get(row.identity)) is not None
             and known.installed.state is State.OURS
             and known.installed.policy_id == row.id
+            and (len(known) or _lingers(known))
         ):
             continue
         policy = rows.policies[number]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
 
@@ -20,7 +20,6 @@ from .messages import IPAddress, Lifetime, Policy, Selector, Template
 
 __all__ = [
     "Assignment",
-    "Content",
     "Image",
     "Installed",
     "State",
@@ -75,36 +74,38 @@ def _request(template: Template, abi: Abi) -> Request:
 
 def image_of(action: Action | int, templates: tuple[Template, ...], priority: int, abi: Abi) -> Image:
     """The image of a policy with this content under `abi`."""
-    action, requests = _content(action, templates, abi)
-    return Image(action, priority if abi.has_priority else 0, requests)
+    requests = () if action != Action.IPSEC else tuple(_request(template, abi) for template in templates)
+    return Image(_action(action, requests, abi), priority if abi.has_priority else 0, requests)
 
 
-Content = tuple[Action | int, tuple[Request, ...]]
-"""All of an image but the priority."""
+def _action(action: Action | int, requests: tuple[Request, ...], abi: Abi) -> Action | int:
+    """What the kernel makes of the action of a policy with these requests."""
+    return Action.NONE if action == Action.IPSEC and not requests and abi.empty_ipsec_is_bypass else action
 
 
-def _content(action: Action | int, templates: tuple[Template, ...], abi: Abi) -> Content:
-    if action != Action.IPSEC:
-        templates = ()
-    elif not templates and abi.empty_ipsec_is_bypass:
-        action = Action.NONE
-    return action, tuple(_request(template, abi) for template in templates)
+def requests_of(assignment: Assignment, abi: Abi) -> tuple[Request, ...]:
+    """What a kernel stores of the templates of an assignment, worked out once; many assignments have one in common."""
+    templates = assignment.templates
+    if assignment.action is not Action.IPSEC or not templates:
+        return ()
+    if len(templates) == 1:
+        if templates[0]._stored_abi is abi:
+            return templates[0]._stored  # type: ignore[no-any-return]
+    elif assignment._content_abi is abi:
+        return assignment._content  # type: ignore[no-any-return]
+    requests = tuple(_request(template, abi) for template in templates)
+    keep_requests(assignment, requests, abi)
+    return requests
 
 
-def content_of(assignment: Assignment, abi: Abi) -> Content:
-    """The same for an assignment, worked out once."""
-    if assignment._content_abi is abi:
-        known: Content = assignment._content
-        return known
-    content = _content(assignment.action, assignment.templates, abi)
-    keep_content(assignment, content, abi)
-    return content
-
-
-def keep_content(assignment: Assignment, content: Content, abi: Abi) -> None:
+def keep_requests(assignment: Assignment, requests: tuple[Request, ...], abi: Abi) -> None:
     """Remember what was worked out, or an equal value that others hold too."""
-    object.__setattr__(assignment, "_content", content)
-    object.__setattr__(assignment, "_content_abi", abi)
+    if len(assignment.templates) == 1:
+        object.__setattr__(assignment.templates[0], "_stored", requests)
+        object.__setattr__(assignment.templates[0], "_stored_abi", abi)
+    else:
+        object.__setattr__(assignment, "_content", requests)
+        object.__setattr__(assignment, "_content_abi", abi)
 
 
 def image_of_policy(policy: Policy, abi: Abi) -> Image:
@@ -137,7 +138,8 @@ class Installed:
 
     def doubted(self, tried: Image | None = None) -> Installed:
         """The same when something happened whose outcome is not certain."""
-        return replace(self, state=State.UNKNOWN, was_ours=self.was_ours or self.state is State.OURS, tried=tried)
+        was_ours = self.was_ours or self.state is State.OURS
+        return Installed(State.UNKNOWN, self.image, self.policy_id, was_ours, tried)
 
     def found(self, image: Image | None, policy_id: int, *, mine: bool = False, replaced: bool = False) -> Installed:
         """What a read says: nothing there (image None), ours, or somebody else's.
@@ -270,7 +272,7 @@ class TrackedPolicy:
     """One policy: direction and canonical selector, its assignments in order, and what the kernel holds."""
 
     __slots__ = (
-        "_entries", "_narrowness", "abi", "busy", "direction", "indexed", "installed", "leftover", "place", "selector",
+        "_entries", "_narrowness", "abi", "busy", "direction", "indexed", "installed", "leftover", "selector",
         "troubles",
     )  # fmt: skip
 
@@ -290,8 +292,6 @@ class TrackedPolicy:
         """The priority under which the keeper's index has it."""
         self.leftover: tuple[Policy, ...] = ()
         """Guards that may still be in the kernel and have to go."""
-        self.place = 0
-        """On a kernel that orders by insertion: when it was last inserted, as a count."""
         self.troubles: Troubles | None = None
 
     def __str__(self) -> str:
@@ -324,7 +324,8 @@ class TrackedPolicy:
 
     def image(self, assignment: Assignment) -> Image:
         """What the kernel would store for `assignment`."""
-        action, requests = content_of(assignment, self.abi)
+        requests = requests_of(assignment, self.abi)
+        action = _action(assignment.action, requests, self.abi)
         return Image(action, self.priority(assignment) if self.abi.has_priority else 0, requests)
 
     def holds(self, assignment: Assignment) -> bool:
@@ -333,12 +334,15 @@ class TrackedPolicy:
         image = installed.image
         if installed.state is not State.OURS or image is None:
             return False
-        content = content_of(assignment, self.abi)
-        if content[1] is not image.requests:
-            if content[1] != image.requests:
+        requests = requests_of(assignment, self.abi)
+        if requests is not image.requests:
+            if requests != image.requests:
                 return False
-            keep_content(assignment, (content[0], image.requests), self.abi)  # one of two equal values is enough
-        return content[0] == image.action and (not self.abi.has_priority or self.priority(assignment) == image.priority)
+            if requests:
+                keep_requests(assignment, image.requests, self.abi)  # one of two equal values is enough
+        if _action(assignment.action, requests, self.abi) != image.action:
+            return False
+        return not self.abi.has_priority or self.priority(assignment) == image.priority
 
     def holds_top(self) -> bool:
         """Whether it is what the assignment on top asks for, or nobody uses it and nothing is there."""

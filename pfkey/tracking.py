@@ -160,7 +160,11 @@ class Tracking:
         transaction, book = self.transactions.pop(me), self.book
         try:
             if transaction.sweep:
-                for tracked in (yield from sweep(book)):
+                try:
+                    taken = yield from sweep(book)
+                except PFKeyError as error:
+                    transaction.not_swept, taken = error, []
+                for tracked in taken:
                     yield from self._seize(tracked, transaction)
             works = transaction.works(book)
             if works:

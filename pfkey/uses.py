@@ -97,6 +97,8 @@ class Transaction:
         self._touched: dict[TrackedPolicy, tuple[Assignment | None, bool, list[Undo]]] = {}
         self._changes: list[tuple[TrackedPolicy, Change]] = []
         self.over = False
+        self.not_swept: PFKeyError | None = None
+        """Why what nobody wants could not be looked for; what is wanted is installed all the same."""
 
     def __len__(self) -> int:
         """How many policies it touches."""
@@ -157,6 +159,8 @@ class Transaction:
         """Note what came of them; TransactionError names those that failed."""
         self._changes += [(work.tracked, work.change) for work in works]
         close_error(works, "could not be brought to what was asked")
+        if self.not_swept is not None:
+            raise self.not_swept
 
 
 def _avoided(tracked: TrackedPolicy, top: Assignment | None) -> tuple[MessageType, ...]:
