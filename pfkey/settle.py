@@ -64,10 +64,12 @@ def settle(book: Book, works: Sequence[Work]) -> Steps:
         yield from _rounds(book, works)
     except PFKeyError as error:  # the SPD is locked, or could not be
         for work in works:
-            if not work.sent or not work.tracked.holds_top():
-                work.fail(error)
-            if not work.sent or work.tracked.installed.state is not State.UNKNOWN:
-                work.take_back()
+            if work.sent and work.tracked.holds_top():
+                continue
+            if work.sent and work.tracked.installed.state is State.UNKNOWN:
+                work.undo = None  # whatever was sent may have been done
+            work.fail(error)
+            work.take_back()
     except GeneratorExit:
         raise
     except BaseException:
@@ -186,7 +188,6 @@ def _unread(work: Work, why: BaseException) -> Step:
                 f"{tracked} is in the kernel already, and whose it is could not be read ({why}); it was left alone"
             )
         )
-        work.take_back()
     elif tracked.top is not None and tracked.installed.was_ours and work.error is None:
         return Step.UPDATE
     else:
@@ -211,7 +212,6 @@ def _claim(book: Book, work: Work) -> Step:
                 policy=policy_of(tracked, installed.image, installed.policy_id),
             )
         )
-        work.take_back()
         return Step.NOTHING
     log.warning("%s was somebody else's (%s) and is ours from now on", tracked, image_text(installed.image))
     work.claimed = installed
@@ -240,7 +240,6 @@ def _prepare(book: Book, work: Work) -> None:
         book.check_policy(work.policy)
     except (NotSupported, EncodeError) as error:
         work.fail(error)
-        work.take_back()
         work.step = Step.NOTHING
 
 

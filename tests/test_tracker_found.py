@@ -12,6 +12,7 @@ from pfkey import (
     EmbeddedKernel,
     ForeignPolicy,
     Kernel,
+    KernelError,
     MessageType,
     Policy,
     PolicyTracker,
@@ -59,3 +60,37 @@ def test_a_policy_with_the_tag_of_another_tracker_is_not_taken_for_what_a_lost_m
         tracker.add(OUT, SITE, X)
     tracker.flush()
     assert [policy.action for policy in rig.held()] == [Action.IPSEC]
+
+
+@pytest.mark.parametrize("profile", ["freebsd-11", "freebsd-13", "freebsd-14", "netbsd", "macos"])
+def test_two_ipv6_hosts_are_guarded_by_an_alias_with_a_scope(profile: str) -> None:
+    hosts = Selector("2001:db8:1::1", "2001:db8:2::1")
+    rig = Rig(profile)
+    rig.tracker.add(OUT, hosts, X)
+    with rig.embedded.probe(OUT, hosts) as probe:
+        change = rig.tracker.replace(OUT, hosts, X, MOVED)
+    assert (change.sent, change.guard) == ((UPD,), (ADD, DEL))
+    assert probe.bare == 0
+    assert {step.policy.action for step in probe.log if step.policy} == {Action.IPSEC}
+    assert len(rig.held()) == 1
+
+
+def test_a_guard_of_unknown_outcome_leaves_the_assignment_recorded_as_the_error_says() -> None:
+    rig = Rig("freebsd-13")
+    rig.tracker.add(OUT, SITE, X)
+    rig.embedded.fail_next(ADD, None, "ignored")
+    with pytest.raises(ReplyTimeout):
+        rig.tracker.add(OUT, SITE, MOVED)
+    assert rig.tracker.assignments(OUT, SITE) == (MOVED, X)
+    assert [policy.templates for policy in rig.held()] == [X.templates]
+    assert rig.tracker.remove(OUT, SITE, X).sent == (UPD,)
+    assert [policy.templates for policy in rig.held()] == [MOVED.templates]
+
+
+def test_a_guard_that_was_refused_leaves_the_list_as_it_was() -> None:
+    rig = Rig("freebsd-13")
+    rig.tracker.add(OUT, SITE, X)
+    rig.embedded.fail_next(ADD, "ENOMEM")
+    with pytest.raises(KernelError):
+        rig.tracker.add(OUT, SITE, MOVED)
+    assert rig.tracker.assignments(OUT, SITE) == (X,)
