@@ -58,7 +58,7 @@ def settle(book: Book, works: Sequence[Work]) -> Steps:
             yield ENTER
         is_first = not book.recovered
         if is_first:
-            yield from recover(book)
+            yield from recover(book, {work.tracked for work in works})
         for work in works:
             book.remember(work.tracked, was_just_read=is_first)
         yield from _rounds(book, works)
