@@ -151,10 +151,13 @@ def sweep(book: Book) -> Run[list[TrackedPolicy]]:
         if is_entry(tracked, policy):
             wanted[tracked] = policy
     for tracked, policy in wanted.items():
+        book.keep(tracked)
         if tracked.installed.state in (State.ABSENT, State.UNKNOWN):
             book.read(tracked, policy)
     taken = list(wanted)
     for key, guards in list(book.orphans.items()):
         if any(book.is_mine(guard) for guard in guards):
-            taken.append(book.open(Direction(key[0]), real_of(guards[0], book.abi)))
+            tracked = book.open(Direction(key[0]), real_of(guards[0], book.abi))
+            book.keep(tracked)
+            taken.append(tracked)
     return taken

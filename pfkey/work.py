@@ -17,8 +17,8 @@ from .abi import Abi
 from .book import Book
 from .codec import Message
 from .constants import Action, ExtensionType, MessageType
-from .guards import Kind, read_tag
 from .errors import EncodeError, ForeignPolicy, KernelError, NotSupported, PFKeyError, SPDLocked
+from .guards import Kind, read_tag
 from .messages import Policy, PolicyExtension
 from .tracker import ABSENT, Image, Installed, State, Step, TrackedPolicy, Undo, image_text, templates_of
 from .typed import PolicyRow, policy_from, policy_message, policy_rows
