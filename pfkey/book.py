@@ -137,7 +137,9 @@ class Book:
             return
         replaced = not self.abi.update_changes_id and installed.policy_id not in (0, policy.id)
         image = self.image(policy, installed.image)
-        self.note(tracked, installed.found(image, policy.id, mine=self.is_mine(policy), replaced=replaced))
+        tag = read_tag(policy.lifetime_hard, self.abi)
+        mine = None if tag is None else tag.owner == self.settings.owner
+        self.note(tracked, installed.found(image, policy.id, mine=mine, replaced=replaced))
 
     def image(self, policy: Policy, like: Image | None = None) -> Image:
         """The image of a policy from the kernel; the very object `like` when it is equal."""

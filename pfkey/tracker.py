@@ -139,17 +139,19 @@ class Installed:
         """The same when something happened whose outcome is not certain."""
         return replace(self, state=State.UNKNOWN, was_ours=self.was_ours or self.state is State.OURS, tried=tried)
 
-    def found(self, image: Image | None, policy_id: int, *, mine: bool = False, replaced: bool = False) -> Installed:
+    def found(
+        self, image: Image | None, policy_id: int, *, mine: bool | None = None, replaced: bool = False
+    ) -> Installed:
         """What a read says: nothing there (image None), ours, or somebody else's.
 
         A policy that was ours stays ours whoever updated it; one that we never had is ours only if it carries our own
-        tag (`mine`), or is what a message of ours may have put there.  `replaced` says that it is another entry than
-        the one that was ours: somebody deleted that, and this is theirs.
+        tag (`mine`), or no tag at all (None) and is what a message of ours may have put there.  `replaced` says that it
+        is another entry than the one that was ours: somebody deleted that, and this is theirs.
         """
         if image is None:
             return ABSENT
         was_ours = (self.was_ours or self.state is State.OURS) and not replaced
-        ours = mine or was_ours or image == self.tried
+        ours = mine or was_ours or (mine is None and image == self.tried)
         return Installed(State.OURS if ours else State.FOREIGN, image, policy_id, was_ours=ours)
 
 
