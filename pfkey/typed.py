@@ -71,13 +71,14 @@ def _scope_id(address: IPAddress | IPv4Interface | IPv6Interface) -> int:
 
 
 def _sides(selector: Selector) -> tuple[Address, Address]:
-    """The two addresses of a selector; a scope goes out where it tells link-local addresses apart, and only there."""
+    """The two addresses of a selector, with the scopes that they were given.
+
+    That of a global address tells no packets apart, but it makes the selector another one to a kernel: a guard's.
+    """
     _, _, _, _, _, protocol, *ports = selector.identity[:8]
     source, destination = (
-        Address(side.ip, side.network.prefixlen, protocol, port, _scope_id(side) if counts else 0)
-        for side, port, counts in zip(
-            (selector.source, selector.destination), ports, selector.identity[8:] or (0, 0), strict=True
-        )
+        Address(side.ip, side.network.prefixlen, protocol, port, _scope_id(side))
+        for side, port in zip((selector.source, selector.destination), ports, strict=True)
     )
     return source, destination
 

@@ -59,3 +59,16 @@ def test_a_policy_with_the_tag_of_another_tracker_is_not_taken_for_what_a_lost_m
         tracker.add(OUT, SITE, X)
     tracker.flush()
     assert [policy.action for policy in rig.held()] == [Action.IPSEC]
+
+
+@pytest.mark.parametrize("profile", ["freebsd-11", "freebsd-13", "freebsd-14", "netbsd", "macos"])
+def test_two_ipv6_hosts_are_guarded_by_an_alias_with_a_scope(profile: str) -> None:
+    hosts = Selector("2001:db8:1::1", "2001:db8:2::1")
+    rig = Rig(profile)
+    rig.tracker.add(OUT, hosts, X)
+    with rig.embedded.probe(OUT, hosts) as probe:
+        change = rig.tracker.replace(OUT, hosts, X, MOVED)
+    assert (change.sent, change.guard) == ((UPD,), (ADD, DEL))
+    assert probe.bare == 0
+    assert {step.policy.action for step in probe.log if step.policy} == {Action.IPSEC}
+    assert len(rig.held()) == 1
