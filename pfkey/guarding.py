@@ -107,7 +107,6 @@ def _stored_otherwise(book: Book, work: Work, asked: Image, stored: Image) -> No
     """The kernel would make the same of the policy itself; what stands is left alone, the guard goes."""
     text = f"{book.abi} stored {image_text(stored)} as a guard of {work.tracked}, not {image_text(asked)}"
     work.fail(StoredOtherwise(f"{text}; it was not updated and still is {image_text(work.before.image)}"))
-    work.take_back()
     work.step = Step.NOTHING
 
 
@@ -115,7 +114,6 @@ def _not_guarded(work: Work, error: PFKeyError) -> None:
     stands = image_text(work.before.image)
     say_more(error, f"it was to guard an update ({work.why}); {work.tracked} was not updated and still is {stands}")
     work.fail(error)
-    work.take_back()
     work.step = Step.NOTHING
 
 
@@ -130,7 +128,6 @@ def _refuse_behind_stale(book: Book, work: Work) -> None:
                     f" deleted and would stay in front of it; {'; '.join(work.notes)}"
                 )
             )
-            work.take_back()
             work.step = Step.NOTHING
             return
 

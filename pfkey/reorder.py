@@ -97,5 +97,4 @@ def _give_up(works: Sequence[Work], failed: Work) -> None:
     for work in works:
         if work.error is None and not work.mover:
             work.fail(failed.error)
-        work.take_back()
         work.step = Step.NOTHING

@@ -66,7 +66,6 @@ def settle(book: Book, works: Sequence[Work]) -> Steps:
         for work in works:
             if not work.sent:
                 work.fail(error)
-                work.take_back()
     except BaseException:
         guarded = [Work(work.tracked) for work in works if work.tracked.leftover]
         if guarded:
@@ -171,7 +170,6 @@ def _unread(work: Work, why: BaseException) -> Step:
                 f"{tracked} is in the kernel already, and whose it is could not be read ({why}); it was left alone"
             )
         )
-        work.take_back()
     elif tracked.top is not None and tracked.installed.was_ours and work.error is None:
         return Step.UPDATE
     else:
@@ -196,7 +194,6 @@ def _claim(book: Book, work: Work) -> Step:
                 policy=policy_of(tracked, installed.image, installed.policy_id),
             )
         )
-        work.take_back()
         return Step.NOTHING
     log.warning("%s was somebody else's (%s) and is ours from now on", tracked, image_text(installed.image))
     book.note(tracked, Installed(State.OURS, installed.image, installed.policy_id, was_ours=True))
@@ -221,7 +218,6 @@ def _prepare(book: Book, work: Work) -> None:
         book.check_policy(work.policy)
     except (NotSupported, EncodeError) as error:
         work.fail(error)
-        work.take_back()
         work.step = Step.NOTHING
 
 

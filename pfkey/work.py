@@ -17,7 +17,7 @@ from .abi import Abi
 from .book import Book
 from .codec import Message
 from .constants import Action, ExtensionType, MessageType
-from .errors import KernelError, NotSupported, PFKeyError
+from .errors import EncodeError, ForeignPolicy, KernelError, NotSupported, PFKeyError, SPDLocked
 from .messages import Policy, PolicyExtension
 from .tracker import ABSENT, Image, Installed, State, Step, TrackedPolicy, Undo, image_text, templates_of
 from .typed import PolicyRow, policy_from, policy_message, policy_rows
@@ -40,6 +40,7 @@ __all__ = [
     "is_entry",
     "policy_of",
     "read",
+    "refused",
     "say_more",
     "start",
     "take",
@@ -206,9 +207,11 @@ class Work:
         self.undo = None
 
     def fail(self, error: PFKeyError) -> None:
-        """It could not be done; the first error is the one to tell."""
+        """It could not be done; the first error is the one to tell, and whether it is a refusal decides on the list."""
         if self.error is None:
             self.error = error
+        if refused(self.error):
+            self.take_back()
 
 
 def say_more(error: PFKeyError, text: str) -> None:
@@ -222,6 +225,13 @@ def say_more(error: PFKeyError, text: str) -> None:
 def uncertain(error: PFKeyError) -> bool:
     """Whether the kernel may have done the work all the same."""
     return not isinstance(error, KernelError) or error.outcome_unknown
+
+
+def refused(error: PFKeyError) -> bool:
+    """Whether a caller may take it that an assignment was not recorded: nothing of it can be in the kernel."""
+    if isinstance(error, KernelError):
+        return not error.outcome_unknown
+    return isinstance(error, NotSupported | EncodeError | ForeignPolicy | SPDLocked)
 
 
 # Sending a step, and what the answer says.
@@ -256,7 +266,6 @@ def _acknowledged(book: Book, work: Work, echo: Policy) -> None:
     if image != asked:
         log.warning("%s: asked for %s, the kernel stored %s", tracked, image_text(asked), image_text(image))
         work.fail(StoredOtherwise(f"{book.abi} stored {image_text(image)} for {tracked}, not {image_text(asked)}"))
-        work.take_back()
         return
     if work.error is not None and isinstance(work.error, KernelError) and not uncertain(work.error):
         _tell_repair(work, f"{book.abi} removes the policy in that case; it has been put back")
@@ -281,7 +290,6 @@ def _rejected(book: Book, work: Work, error: PFKeyError) -> None:
     elif not (book.abi.update_unlinks_first or book.abi.rejected_update_removes):
         book.note(tracked, work.before)
     work.fail(error)
-    work.take_back()
 
 
 def _tell_repair(work: Work, text: str) -> None:

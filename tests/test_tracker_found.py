@@ -12,6 +12,7 @@ from pfkey import (
     EmbeddedKernel,
     ForeignPolicy,
     Kernel,
+    KernelError,
     MessageType,
     Policy,
     PolicyTracker,
@@ -72,3 +73,26 @@ def test_two_ipv6_hosts_are_guarded_by_an_alias_with_a_scope(profile: str) -> No
     assert probe.bare == 0
     assert {step.policy.action for step in probe.log if step.policy} == {Action.IPSEC}
     assert len(rig.held()) == 1
+
+
+@pytest.mark.parametrize("when", ["late", "lost", "after"])
+def test_a_guard_of_unknown_outcome_leaves_the_assignment_recorded_as_the_error_says(when: str) -> None:
+    rig = Rig("freebsd-13")
+    rig.tracker.add(OUT, SITE, X)
+    rig.embedded.fail_next(ADD, "ENOBUFS", when)
+    with pytest.raises((ReplyTimeout, KernelError)):
+        rig.tracker.add(OUT, SITE, MOVED)
+    assert rig.tracker.assignments(OUT, SITE) == (MOVED, X)
+    assert [policy.templates for policy in rig.held()] == [X.templates]
+    rig.embedded.release_replies()
+    assert rig.tracker.remove(OUT, SITE, X).sent == (UPD,)
+    assert [policy.templates for policy in rig.held()] == [MOVED.templates]
+
+
+def test_a_guard_that_was_refused_leaves_the_list_as_it_was() -> None:
+    rig = Rig("freebsd-13")
+    rig.tracker.add(OUT, SITE, X)
+    rig.embedded.fail_next(ADD, "ENOMEM")
+    with pytest.raises(KernelError):
+        rig.tracker.add(OUT, SITE, MOVED)
+    assert rig.tracker.assignments(OUT, SITE) == (X,)
