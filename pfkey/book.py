@@ -159,9 +159,11 @@ class Book:
         if same and like is not None and (like.requests is requests or like.requests == requests):
             return like
         action = Action(row.action) if row.action in _STORED else row.action
-        return image_of(action, (), row.priority, self.abi)._replace(
-            requests=requests if action == Action.IPSEC else ()
-        )
+        if action != Action.IPSEC:
+            requests = ()
+        elif not requests:
+            return image_of(action, (), row.priority, self.abi)
+        return Image(action, row.priority if self.abi.has_priority else 0, requests)
 
     def is_mine(self, policy: Policy) -> bool:
         """Whether it carries this tracker's own tag."""

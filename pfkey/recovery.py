@@ -6,7 +6,7 @@ A guard is never just deleted: one whose policy is not there holds its place, so
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from weakref import WeakSet
 
@@ -15,11 +15,11 @@ from .constants import MessageType
 from .errors import KernelError, PFKeyError
 from .guards import Kind, Tag, read_tag, real_selector, tag_lifetime
 from .messages import Policy
-from .tracker import Installed, State
+from .tracker import Installed, State, TrackedPolicy
 from .typed import PolicyRow, policy_message
 from .work import Ask, Dump, Rows, Steps, uncertain
 
-__all__ = ["AT_WORK", "recover"]
+__all__ = ["AT_WORK", "recover", "take_stock"]
 
 log = logging.getLogger("pfkey.keeper")
 
@@ -31,20 +31,32 @@ _WITHOUT_SCOPES = 8
 """How long the identity of a selector without scopes is."""
 
 
-def recover(book: Book) -> Steps:
-    """Read all policies once: note what is ours from a former life, and see to guards that nobody looks after."""
+def recover(book: Book, waiting: Collection[TrackedPolicy]) -> Steps:
+    """Read all policies once: note what is ours from a former life, and see to guards that nobody looks after.
+
+    `waiting` are those policies that are tracked already and ask for it.
+    """
     try:
         rows = yield Dump()
     except (PFKeyError, OSError) as error:
         log.warning("the kernel was not searched for guards of a former process: %s", error)
         return
+    yield from take_stock(book, rows, waiting)
+
+
+def take_stock(book: Book, rows: Rows, waiting: Collection[TrackedPolicy] = ()) -> Steps:
+    """What a dump of everything says of a former life."""
     book.recovered = True
     yield from see_to_guards(book, rows)
-    note_former(book, rows)
+    _note_former(book, rows, waiting)
 
 
-def note_former(book: Book, rows: Rows) -> None:
-    """What stands in the kernel already and makes a difference: what carries our name, and what may be adopted."""
+def _note_former(book: Book, rows: Rows, waiting: Collection[TrackedPolicy]) -> None:
+    """What stands in the kernel already and makes a difference: what carries our name, and what may be adopted.
+
+    What is tracked is known better: it is noted for nobody, or it would be believed once more when all that is over.
+    """
+    book.former.clear()
     adopting = book.settings.ownership is not Ownership.REFUSE
     if not (adopting or book.settings.named):
         return
@@ -53,12 +65,16 @@ def note_former(book: Book, rows: Rows) -> None:
         mine = tag is not None and tag.owner == book.settings.owner
         if not _is_real(row, tag) or not (mine or adopting):
             continue
+        tracked = book.tables.get(row.direction, {}).get(row.identity)
+        if tracked is not None and tracked not in waiting:
+            continue
         state = State.OURS if mine else State.FOREIGN
         book.former[row.direction, row.identity] = Installed(state, book.row_image(row), row.id, was_ours=mine)
 
 
 def see_to_guards(book: Book, rows: Rows) -> Steps:
     """Promote those whose policy is missing, then delete them; a discard guard without its policy stays."""
+    book.orphans.clear()  # they are in the rows
     tags = [read_tag(row.lifetime_hard, book.abi) for row in rows.numbers]
     if all(tag is None or tag.kind is Kind.POLICY for tag in tags):
         return

@@ -11,7 +11,7 @@ from .constants import Direction
 from .errors import PFKeyError
 from .guards import Kind, read_tag
 from .messages import Policy, Selector
-from .recovery import see_to_guards
+from .recovery import take_stock
 from .settle import settle
 from .tracker import Installed, State, TrackedPolicy, image_text
 from .typed import PolicyRow
@@ -42,8 +42,7 @@ def resync(book: Book, everything: Sequence[TrackedPolicy]) -> Run[tuple[Differe
     """Read the whole SPD once; every policy that is not what it should be goes through the table."""
     yield ENTER
     rows = yield Dump()
-    yield from see_to_guards(book, rows)
-    book.recovered = True
+    yield from take_stock(book, rows)
     before = {tracked: tracked.installed for tracked in everything}
     differing = yield from compare(book, everything, rows)
     works = [
@@ -127,8 +126,7 @@ def sweep(book: Book, seize: Callable[[TrackedPolicy], None]) -> Steps:
     """
     yield ENTER
     rows = yield Dump()
-    yield from see_to_guards(book, rows)
-    book.recovered = True
+    yield from take_stock(book, rows)
     wanted: dict[TrackedPolicy, Policy] = {}
     for number in sorted(range(len(rows.numbers)), key=lambda number: rows.numbers[number].id):
         row = rows.numbers[number]

@@ -58,7 +58,7 @@ def settle(book: Book, works: Sequence[Work]) -> Steps:
         if book.abi.one_writer or not book.recovered:
             yield ENTER
         if not book.recovered:
-            yield from recover(book)
+            yield from recover(book, {work.tracked for work in works})
             for work in works:
                 book.remember(work.tracked)
         yield from _rounds(book, works)

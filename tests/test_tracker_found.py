@@ -16,17 +16,22 @@ from pfkey import (
     MessageType,
     Policy,
     PolicyTracker,
+    Rank,
     ReplyTimeout,
     Selector,
     Template,
     connect,
 )
+from pfkey.embedded.profiles import PROFILE_NAMES
+from pfkey.work import Rows
 
 ADD, UPD, DEL = MessageType.SPDADD, MessageType.SPDUPDATE, MessageType.SPDDELETE
 OUT = Direction.OUT
 SITE = Selector("10.1.0.0/16", "10.2.0.0/16")
 HOSTS = Selector("10.1.1.1", "10.2.1.1")
 X = Assignment(Template.tunnel("192.0.2.1", "198.51.100.1", reqid=1), spi=0xC1)
+PASS = Assignment(action=Action.NONE, rank=Rank.PASS)
+DROP = Assignment(action=Action.DISCARD, rank=Rank.FALLBACK)
 MOVED = Assignment(Template.tunnel("192.0.2.1", "198.51.100.99", reqid=1), spi=0xC2)
 
 
@@ -96,3 +101,70 @@ def test_a_guard_that_was_refused_leaves_the_list_as_it_was() -> None:
     with pytest.raises(KernelError):
         rig.tracker.add(OUT, SITE, MOVED)
     assert rig.tracker.assignments(OUT, SITE) == (X,)
+
+
+@pytest.mark.parametrize("profile", ["linux", "freebsd-13"])
+def test_after_a_resync_a_policy_of_a_former_life_is_still_known(profile: str) -> None:
+    rig = Rig(profile, owner="me")
+    rig.tracker.add(OUT, SITE, X)
+    tracker = rig.restart(owner="me")
+    tracker.resync()
+    assert tracker.add(OUT, SITE, X).sent == ()
+    assert tracker.replace(OUT, SITE, X, MOVED).sent == (UPD,)
+    assert rig.channel.types().count(ADD) == rig.channel.types().count(DEL), "guards aside, nothing was added"
+
+
+def test_what_was_found_late_of_a_former_life_is_not_believed_again_when_it_is_gone() -> None:
+    rig = Rig("linux", owner="me")
+    for _ in range(2):
+        rig.embedded.fail_next(MessageType.SPDDUMP, "ENOMEM")
+        rig.embedded.fail_next(MessageType.SPDDUMP, "ENOMEM")
+    rig.tracker.add(OUT, SITE, X)  # the search for a former life fails
+    rig.embedded._faults.clear()
+    rig.tracker.add(OUT, HOSTS, X)  # now it finds the policy that the same tracker has made since
+    rig.tracker.remove(OUT, SITE, X)
+    assert rig.tracker.add(OUT, SITE, X).sent == (ADD,)
+    assert len(rig.held()) == 2
+
+
+def test_a_guard_of_a_former_life_that_stays_is_counted_once() -> None:
+    rig = Rig("freebsd-13")
+    rig.tracker.add(OUT, HOSTS, X)
+    rig.embedded.fail_next(UPD, "ENOMEM", "unlinked")
+    for _ in range(4):
+        rig.embedded.fail_next(DEL, "ENOMEM")
+    with pytest.raises(KernelError):
+        rig.tracker.add(OUT, HOSTS, MOVED)
+    rig.embedded._faults.clear()
+    for policy in rig.held():
+        if policy.selector == HOSTS:
+            rig.other.delete_policy(policy)
+    assert [policy.action for policy in rig.held()] == [Action.DISCARD]
+    tracker = rig.restart()
+    for _ in range(3):
+        tracker.resync()
+    assert tracker.add(OUT, HOSTS, X).guard == (DEL,)
+    assert [policy.selector for policy in rig.held()] == [HOSTS]
+
+
+@pytest.mark.parametrize("profile", PROFILE_NAMES)
+def test_a_row_of_a_dump_has_the_image_of_its_policy(profile: str) -> None:
+    rig = Rig(profile)
+    for number, assignment in enumerate((X, PASS, DROP)):
+        rig.tracker.add(OUT, Selector(f"10.{number}.0.0/16", "10.9.0.0/16"), assignment)
+    book = rig.tracker._book
+    dump = rig.kernel.dump_policies()
+    rows = Rows.of(dump, rig.kernel.abi).numbers
+    assert [book.row_image(row) for row in rows] == [book.image(policy) for policy in dump]
+    assert {book.row_image(row).action for row in rows} == {Action.IPSEC, Action.NONE, Action.DISCARD}
+
+
+@pytest.mark.parametrize("profile", PROFILE_NAMES)
+def test_nothing_is_sent_after_a_restart_for_what_is_right(profile: str) -> None:
+    rig = Rig(profile, owner="me")
+    rig.tracker.add(OUT, SITE, X)
+    tracker = rig.restart(owner="me")
+    with tracker.transaction(sweep=True) as transaction:
+        tracker.add(OUT, SITE, X)
+    assert transaction.sent == ()
+    assert rig.channel.types() == []
