@@ -110,6 +110,9 @@ class Abi:
     addtime, of which a value near 2^63 is never reached (the BSDs)."""
     update_changes_id: bool = field(repr=False)
     """SPDUPDATE gives the policy a new id (FreeBSD); Linux keeps it."""
+    dump_lists_dead: bool = field(repr=False)
+    """A policy that was deleted or replaced stays in dumps for some seconds, and SPDGET does not know it (seen on an
+    11-CURRENT; FreeBSD up to 11.0, and macOS, whose code is older)."""
     dump_counts_down: bool = field(repr=False)
     """The parts of a dump count down to 0 (FreeBSD); on Linux they count up and the last says 0."""
     error_echoes_request: bool = field(repr=False)
@@ -224,6 +227,7 @@ class Abi:
             one_writer=False,
             tag_in="bytes",
             update_changes_id=False,
+            dump_lists_dead=False,
             dump_counts_down=False,
             error_echoes_request=False,
             absent_policy_error="ENOENT",
@@ -258,6 +262,7 @@ class Abi:
             errors=MappingProxyType(numbers.ERRORS["netbsd"]),
             authentication=MappingProxyType(numbers.freebsd_authentication((11,))),
             encryption=MappingProxyType(numbers.netbsd_encryption()),
+            dump_lists_dead=False,  # freed as soon as nobody uses them
         )
 
     @staticmethod
@@ -393,6 +398,7 @@ def _freebsd(release: tuple[int, ...], byteorder: ByteOrder) -> Abi:
         one_writer=True,
         tag_in="addtime",
         update_changes_id=True,
+        dump_lists_dead=not replay_extension,
         dump_counts_down=True,
         error_echoes_request=True,
         absent_policy_error="EINVAL",

@@ -17,7 +17,7 @@ from .guards import Kind, Tag, read_tag, real_selector, tag_lifetime
 from .messages import Policy
 from .tracker import Installed, State, TrackedPolicy
 from .typed import PolicyRow, policy_message
-from .work import Ask, Dump, Rows, Steps, uncertain
+from .work import Ask, Rows, Steps, dump, uncertain
 
 __all__ = ["AT_WORK", "recover", "take_stock"]
 
@@ -37,7 +37,7 @@ def recover(book: Book, waiting: Collection[TrackedPolicy]) -> Steps:
     `waiting` are those policies that are tracked already and ask for it.
     """
     try:
-        rows = yield Dump()
+        rows = yield from dump(book)
     except (PFKeyError, OSError) as error:
         log.warning("the kernel was not searched for guards of a former process: %s", error)
         return

@@ -15,7 +15,7 @@ from .recovery import take_stock
 from .settle import settle
 from .tracker import Installed, State, TrackedPolicy, image_text
 from .typed import PolicyRow
-from .work import ENTER, Change, Dump, Rows, Run, Steps, Work, is_entry, read
+from .work import ENTER, Change, Rows, Run, Steps, Work, dump, is_entry, read
 
 __all__ = ["Difference", "compare", "resync", "sweep"]
 
@@ -41,7 +41,7 @@ class Difference:
 def resync(book: Book, everything: Sequence[TrackedPolicy]) -> Run[tuple[Difference, ...]]:
     """Read the whole SPD once; every policy that is not what it should be goes through the table."""
     yield ENTER
-    rows = yield Dump()
+    rows = yield from dump(book)
     yield from take_stock(book, rows)
     before = {tracked: tracked.installed for tracked in everything}
     differing = yield from compare(book, everything, rows)
@@ -125,7 +125,7 @@ def sweep(book: Book, seize: Callable[[TrackedPolicy], None]) -> Steps:
     `seize` is called with each policy that is taken in.
     """
     yield ENTER
-    rows = yield Dump()
+    rows = yield from dump(book)
     yield from take_stock(book, rows)
     wanted: dict[TrackedPolicy, Policy] = {}
     for number in sorted(range(len(rows.numbers)), key=lambda number: rows.numbers[number].id):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, Final, NamedTuple, TypeVar
 
 from . import tables
@@ -36,6 +37,7 @@ __all__ = [
     "StoredOtherwise",
     "Work",
     "drop_leftovers",
+    "dump",
     "get",
     "is_entry",
     "policy_of",
@@ -77,6 +79,12 @@ class Rows(NamedTuple):
         if isinstance(dump, tables.Dump):
             return cls(list(policy_rows(dump.messages)), dump)
         return cls([_row(policy, abi) for policy in dump], dump)
+
+    def only(self, wanted: Sequence[bool]) -> Rows:
+        """Those for which it says so."""
+        if all(wanted):
+            return self
+        return Rows(list(compress(self.numbers, wanted)), list(compress(self.policies, wanted)))
 
 
 def _row(policy: Policy, abi: Abi) -> PolicyRow:
@@ -353,6 +361,21 @@ def is_entry(tracked: TrackedPolicy, policy: Policy) -> bool:
         and selector.packed == own.packed
         and selector.scopes == own.scopes
     )
+
+
+def dump(book: Book) -> Run[Rows]:
+    """All policies that packets can meet; may raise a PFKeyError.
+
+    What a dump may show of the dead is asked for by id: those are not known any more.
+    """
+    rows: Rows = yield Dump()
+    if not book.abi.dump_lists_dead or not rows.numbers:
+        return rows
+    found = yield from get(book, [row.id for row in rows.numbers])
+    failed = next((one for one in found if isinstance(one, PFKeyError)), None)
+    if failed is not None:
+        raise failed
+    return rows.only([one is not None for one in found])
 
 
 def read(book: Book, doubtful: Sequence[TrackedPolicy]) -> Run[dict[TrackedPolicy, BaseException]]:

@@ -168,3 +168,30 @@ def test_nothing_is_sent_after_a_restart_for_what_is_right(profile: str) -> None
         tracker.add(OUT, SITE, X)
     assert transaction.sent == ()
     assert rig.channel.types() == []
+
+
+@pytest.mark.parametrize("profile", PROFILE_NAMES)
+def test_a_resync_is_not_taken_in_by_the_dead_that_a_dump_shows(profile: str) -> None:
+    rig = Rig(profile)
+    rig.tracker.add(OUT, SITE, X)
+    rig.other.flush_policies()
+    (difference,) = rig.tracker.resync()
+    assert difference.error is None
+    assert len(rig.held()) == 1
+
+
+@pytest.mark.parametrize("profile", PROFILE_NAMES)
+def test_a_guard_is_not_deleted_for_the_sake_of_a_dead_policy(profile: str) -> None:
+    """Somebody deletes a policy while its guard stands, and the process that guarded it dies."""
+    rig = Rig(profile, guard="alias")
+    rig.tracker.add(OUT, SITE, X)
+    for _ in range(8):
+        rig.embedded.fail_next(DEL, "ENOMEM")
+    rig.tracker.add(OUT, SITE, MOVED)
+    rig.embedded._faults.clear()
+    assert len(rig.held()) == 2
+    rig.other.delete_policy(Policy(OUT, SITE))
+    with rig.embedded.probe(OUT, SITE) as probe:
+        rig.restart().resync()
+    assert probe.bare == 0
+    assert [policy.selector for policy in rig.held()] == [SITE], "the guard was promoted"
