@@ -69,6 +69,8 @@ class Book:
         """Such guards that had to stay: they still hold the place of a policy that is not there."""
         self.former: dict[tuple[int, tuple[int, ...]], Installed] = {}
         """What the kernel held at the start that is ours by its tag, or may be adopted; until somebody asks for it."""
+        self._lent: dict[TrackedPolicy, tuple[list[Policy], Installed | None]] = {}
+        """What policies were given of those two that nobody has come to use yet."""
         self._requests: dict[bytes, tuple[Request, ...]] = {}
         """What requests on the wire mean, as long as there are not too many of them."""
         self._strangers: dict[tuple[int, tuple[int, ...]], list[int]] | None = {}
@@ -96,16 +98,34 @@ class Book:
         return tracked
 
     def remember(self, tracked: TrackedPolicy) -> None:
-        """Give a new policy what is known of it from a former life."""
+        """Give a new policy what is known of it from a former life; `keep` makes it its own."""
         key = (int(tracked.direction), tracked.selector.identity)
-        if key in self.orphans:
-            tracked.leftover += tuple(self.orphans.pop(key))
-        installed = self.former.pop(key, None)
-        if installed is not None and tracked.installed.state is State.ABSENT:
-            self.note(tracked, installed)
+        orphans, former = self.orphans.pop(key, []), self.former.pop(key, None)
+        if orphans or former is not None:
+            self._lent[tracked] = (orphans, former)
+        tracked.leftover += tuple(orphans)
+        if former is not None and tracked.installed.state is State.ABSENT:
+            self.note(tracked, former)
+
+    def keep(self, tracked: TrackedPolicy) -> None:
+        """Somebody uses it, or wants it gone: what a former life left of it is looked after from now on."""
+        self._lent.pop(tracked, None)
+
+    def _give_back(self, tracked: TrackedPolicy) -> None:
+        """Nobody came to use it: what a former life left stays as it is."""
+        key = (int(tracked.direction), tracked.selector.identity)
+        orphans, former = self._lent.pop(tracked)
+        if orphans:
+            self.orphans[key] = orphans
+            tracked.leftover = ()
+        if former is not None:
+            self.former[key] = former
+            self.note(tracked, ABSENT)
 
     def close(self, tracked: TrackedPolicy) -> None:
         """Forget it when nobody uses it and the kernel does not hold it."""
+        if tracked in self._lent and not len(tracked):
+            self._give_back(tracked)
         if len(tracked) or tracked.installed.state in _PRESENT or tracked.leftover or tracked.troubles is not None:
             return
         self.tables[int(tracked.direction)].pop(tracked.selector.identity, None)

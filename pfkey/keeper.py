@@ -343,6 +343,7 @@ class PolicyTracker:
             except BaseException:
                 book.close(tracked)
                 raise
+            book.keep(tracked)
             change = change_of(book, tracked, top)
             if change is not None:
                 if change.avoided and not len(tracked):

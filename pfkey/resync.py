@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .book import Book
 from .constants import Direction
 from .errors import PFKeyError
-from .guards import Kind, read_tag
+from .guards import Kind, read_tag, real_selector
 from .messages import Policy, Selector
 from .recovery import take_stock
 from .settle import settle
@@ -146,10 +146,12 @@ def sweep(book: Book, seize: Callable[[TrackedPolicy], None]) -> Steps:
             wanted[tracked] = policy
     for tracked, policy in wanted.items():
         seize(tracked)
+        book.keep(tracked)
         if tracked.installed.state in (State.ABSENT, State.UNKNOWN):
             book.read(tracked, policy)
     for key, guards in list(book.orphans.items()):
         mine = [guard for guard in guards if book.is_mine(guard)]
         if mine:
-            tracked = book.open(Direction(key[0]), mine[0].selector)
+            tracked = book.open(Direction(key[0]), real_selector(mine[0].selector, Kind.DISCARD))
             seize(tracked)
+            book.keep(tracked)

@@ -61,6 +61,7 @@ def settle(book: Book, works: Sequence[Work]) -> Steps:
             yield from recover(book, {work.tracked for work in works})
             for work in works:
                 book.remember(work.tracked)
+                book.keep(work.tracked)
         yield from _rounds(book, works)
     except PFKeyError as error:  # the SPD is locked, or could not be
         for work in works:

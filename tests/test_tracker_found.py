@@ -14,6 +14,7 @@ from pfkey import (
     Kernel,
     KernelError,
     MessageType,
+    NotTracked,
     Policy,
     PolicyTracker,
     Rank,
@@ -195,3 +196,56 @@ def test_a_guard_is_not_deleted_for_the_sake_of_a_dead_policy(profile: str) -> N
         rig.restart().resync()
     assert probe.bare == 0
     assert [policy.selector for policy in rig.held()] == [SITE], "the guard was promoted"
+
+
+@pytest.mark.parametrize("profile", ["linux", "freebsd-13"])
+def test_asking_for_a_policy_of_a_former_life_does_not_get_it_deleted(profile: str) -> None:
+    rig = Rig(profile, owner="me")
+    rig.tracker.add(OUT, SITE, X)
+    tracker = rig.restart(owner="me")
+    tracker.add(OUT, HOSTS, X)
+    with pytest.raises(NotTracked):
+        tracker.remove(OUT, SITE, X)
+    assert tracker.query(OUT, SITE).selector == SITE
+    with pytest.raises(ZeroDivisionError), tracker.transaction():
+        tracker.add(OUT, SITE, X)
+        raise ZeroDivisionError
+    tracker.resync()
+    tracker.flush()
+    assert [policy.selector for policy in rig.held()] == [SITE]
+    assert tracker.add(OUT, SITE, X).sent == ()
+    assert tracker.remove(OUT, SITE, X).sent == (DEL,)
+
+
+def test_asking_for_a_policy_does_not_get_its_orphaned_guard_deleted() -> None:
+    rig = Rig("freebsd-13", guard="discard")
+    rig.tracker.add(OUT, HOSTS, X)
+    for _ in range(8):
+        rig.embedded.fail_next(DEL, "ENOMEM")
+    rig.tracker.add(OUT, HOSTS, MOVED)
+    rig.embedded._faults.clear()
+    rig.other.delete_policy(Policy(OUT, HOSTS))
+    tracker = rig.restart()
+    tracker.add(OUT, SITE, X)
+    with pytest.raises(NotTracked):
+        tracker.remove(OUT, HOSTS, X)
+    tracker.resync()
+    assert [policy.action for policy in rig.held()].count(Action.DISCARD) == 1
+    tracker.add(OUT, HOSTS, X)
+    assert [policy.action for policy in rig.held()].count(Action.DISCARD) == 0
+
+
+def test_a_sweep_takes_an_orphaned_guard_of_ours_along() -> None:
+    rig = Rig("freebsd-13", owner="me")
+    rig.tracker.add(OUT, HOSTS, X)
+    for _ in range(8):
+        rig.embedded.fail_next(DEL, "ENOMEM")
+    rig.tracker.add(OUT, HOSTS, MOVED)
+    rig.embedded._faults.clear()
+    rig.other.delete_policy(Policy(OUT, HOSTS))
+    assert [policy.action for policy in rig.held()] == [Action.DISCARD]
+    tracker = rig.restart(owner="me")
+    with tracker.transaction(sweep=True):
+        tracker.add(OUT, SITE, X)
+    assert [policy.selector for policy in rig.held()] == [SITE]
+    assert len(tracker) == 1
