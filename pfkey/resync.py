@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from .book import Book
@@ -124,14 +124,17 @@ def compare(book: Book, everything: Sequence[TrackedPolicy], rows: Rows) -> Run[
     return differing
 
 
-def sweep(book: Book) -> Run[list[TrackedPolicy]]:
+def sweep(book: Book, waiting: Collection[TrackedPolicy]) -> Run[list[TrackedPolicy]]:
     """Take in what carries this tracker's tag and is not tracked: nobody wants it, so the table deletes it.
 
-    The policies that were taken in are returned.
+    `waiting` are the policies that the caller wants.  Those that were taken in are returned.
     """
     yield ENTER
     rows = yield from dump(book)
-    yield from take_stock(book, rows)
+    yield from take_stock(book, rows, waiting)
+    for tracked in waiting:
+        book.remember(tracked, was_just_read=True)
+        book.keep(tracked)
     wanted: dict[TrackedPolicy, Policy] = {}
     for number in sorted(range(len(rows.numbers)), key=lambda number: rows.numbers[number].id):
         row = rows.numbers[number]

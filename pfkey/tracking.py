@@ -162,7 +162,7 @@ class Tracking:
         try:
             if transaction.sweep:
                 try:
-                    taken = yield from sweep(book)
+                    taken = yield from sweep(book, set(transaction))
                 except PFKeyError as error:
                     transaction.not_swept, taken = error, []
                 for tracked in taken:

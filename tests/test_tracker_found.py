@@ -59,7 +59,7 @@ def test_a_policy_with_the_tag_of_another_tracker_is_not_taken_for_what_a_lost_m
     rig = Rig("linux")
     rig.tracker.add(OUT, SITE, X)
     tracker = rig.restart()  # without a name: what the first one left is somebody else's
-    rig.embedded.fail_next(MessageType.SPDADD, "ENOBUFS", "late")
+    rig.embedded.fail_next(MessageType.SPDADD, when="late")
     with pytest.raises(ReplyTimeout):
         tracker.add(OUT, SITE, X)
     with pytest.raises(ForeignPolicy):
@@ -151,7 +151,7 @@ def test_a_row_of_a_dump_has_the_image_of_its_policy(profile: str) -> None:
     rig = Rig(profile)
     for number, assignment in enumerate((X, PASS, DROP)):
         rig.tracker.add(OUT, Selector(f"10.{number}.0.0/16", "10.9.0.0/16"), assignment)
-    book = rig.tracker._book
+    book = rig.tracker._tracking.book
     dump = rig.kernel.dump_policies()
     rows = Rows.of(dump, rig.kernel.abi).numbers
     assert [book.row_image(row) for row in rows] == [book.image(policy) for policy in dump]
