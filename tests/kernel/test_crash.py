@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from crash import SCRIPT, bare, live, standing, survive_every_death
+from crash import SCRIPT, bare, flushed, live, standing, survive_every_death
 
 from pfkey import Policy, connect
 from pfkey.channel import NativeChannel
@@ -18,7 +18,7 @@ pytest.importorskip("pfkey.recovery", reason="no tracker here knows its own poli
 @pytest.mark.real_kernel
 def test_a_death_at_any_message_leaves_no_gap_on_af_key() -> None:
     """After each message; before the next one is the same to the kernel."""
-    assert survive_every_death(NativeChannel, before=False) > 20
+    assert survive_every_death(flushed(NativeChannel), before=False) > 20
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
@@ -27,7 +27,7 @@ def test_a_death_at_any_message_leaves_no_gap_over_netlink(before: bool) -> None
     if reason:
         pytest.skip(reason)
     with namespace():
-        assert survive_every_death(XfrmChannel, before=before) > 20
+        assert survive_every_death(flushed(XfrmChannel), before=before) > 20
 
 
 @pytest.mark.real_kernel
