@@ -245,7 +245,7 @@ def policy_rows(messages: Messages) -> Iterator[PolicyRow]:
             policy_id,
             action,
             priority if has_priority else 0,
-            arena[first : first + length],
+            bytes(arena[first : first + length]),
             lifetime_of(limit) if present & _LIMIT else None,
             scope if has_scope else 0,
         ))  # fmt: skip
