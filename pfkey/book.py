@@ -61,6 +61,8 @@ class Book:
         self.indexes = {int(way): OverlapIndex() for way in abi.directions}
         self.standing = dict.fromkeys(map(int, abi.directions), 0)
         """How many of our policies the kernel acknowledged, by direction."""
+        self.recover_after = 0.0
+        """Not before that moment (monotonic seconds) is it tried again."""
         self.recovered = False
         """The kernel was searched for guards that a dead process left."""
         self.orphans: dict[tuple[int, tuple[int, ...]], list[Policy]] = {}

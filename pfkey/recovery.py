@@ -6,6 +6,7 @@ A guard is never just deleted: one whose policy is not there holds its place, so
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from weakref import WeakSet
@@ -13,7 +14,7 @@ from weakref import WeakSet
 from .abi import Abi
 from .book import Book, Ownership
 from .constants import MessageType
-from .errors import KernelError, PFKeyError
+from .errors import DumpOverflow, KernelError, PFKeyError, ReplyTimeout
 from .guards import Kind, Tag, read_tag, real_selector, tag_lifetime
 from .messages import Policy, Selector
 from .tracker import Installed, State, TrackedPolicy
@@ -28,6 +29,8 @@ AT_WORK: WeakSet[Book] = WeakSet()
 """The books of this process over which something is being carried out: their guards are not left behind."""
 
 _Key = tuple[int, tuple[int, ...]]
+_PATIENCE = 60.0
+"""Seconds before the policies are read again in search of a former life, when that takes its time to fail."""
 _WITHOUT_SCOPES = 8
 """How long the identity of a selector without scopes is."""
 
@@ -41,6 +44,8 @@ def recover(book: Book, waiting: Collection[TrackedPolicy]) -> Steps:
         rows = yield from dump(book)
     except (PFKeyError, OSError) as error:
         log.warning("the kernel was not searched for guards of a former process: %s", error)
+        if isinstance(error, DumpOverflow | ReplyTimeout):
+            book.recover_after = time.monotonic() + _PATIENCE  # each attempt is waited for: not at every call
         return
     yield from take_stock(book, rows, waiting)
 

@@ -10,6 +10,7 @@ What a rejection leaves behind is read and repaired in another round.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 
 from .book import Book, Ownership
@@ -54,9 +55,9 @@ def settle(book: Book, works: Sequence[Work]) -> Steps:
     """
     AT_WORK.add(book)
     try:
-        if book.abi.one_writer or not book.recovered:
+        is_first = not book.recovered and time.monotonic() >= book.recover_after
+        if book.abi.one_writer or is_first:
             yield ENTER
-        is_first = not book.recovered
         if is_first:
             yield from recover(book, {work.tracked for work in works})
         for work in works:

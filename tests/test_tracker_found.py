@@ -247,3 +247,19 @@ def test_a_sweep_takes_an_orphaned_guard_of_ours_along() -> None:
         tracker.add(OUT, SITE, X)
     assert [policy.selector for policy in rig.held()] == [SITE]
     assert len(tracker) == 1
+
+
+def test_a_dump_that_never_comes_whole_is_not_waited_for_at_every_call() -> None:
+    """A channel that cannot grow its buffer, to a kernel with more policies than it holds (FreeBSD 12.1: 99 of 300)."""
+    embedded = EmbeddedKernel("freebsd-12")
+    with connect(embedded.connect()) as other:
+        for number in range(150):
+            other.add_policy(Policy(OUT, Selector(f"10.9.{number}.0/24", "10.2.0.0/16"), Action.DISCARD))
+    rig = Rig.__new__(Rig)
+    rig.embedded, rig.other = embedded, connect(embedded.connect())
+    tracker = rig.restart()
+    for assignment in (X, MOVED, X):
+        tracker.add(OUT, SITE, assignment)
+    dumps = [message.type for message in rig.channel.sent].count(MessageType.SPDDUMP)
+    assert dumps == 1
+    assert len([policy for policy in rig.held() if policy.selector.identity == SITE.identity]) == 1
