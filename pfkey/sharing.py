@@ -134,7 +134,7 @@ class Room:
     @property
     def next(self) -> list[Waiter]:
         """Who is to ask again now that there is more room."""
-        return [next(iter(queue)) for queue in (self._requests, self._dumps) if queue]
+        return list({next(iter(queue)): None for queue in (self._requests, self._dumps) if queue})
 
 
 class Shared:

@@ -28,6 +28,7 @@ from pfkey import (
     Selector,
     connect,
 )
+from pfkey.sharing import Room, Waiter
 from pfkey.typed import policy_from, policy_message
 
 OUT = Direction.OUT
@@ -156,8 +157,35 @@ def test_who_waits_for_room_waits_for_no_other_answer(embedded: EmbeddedKernel) 
         late = in_thread(lambda: kernel.request_many(both))
         channel.wait(lambda: bool(channel.held))
         assert kernel.add_policy(discard(site(2))).selector == site(2)
+        assert late.is_alive()
         channel.release()
-        assert len(late.outcome()) == 2
+        assert [type(answer) for answer in late.outcome()] == [Message, Message]
+
+
+@pytest.mark.parametrize("profile", ["linux", "freebsd-13"])
+def test_room_is_given_in_turn(profile: str) -> None:
+    """Whoever wants much is not kept waiting by those who want little; on Linux a dump has a queue of its own."""
+    room = Room(Holding(EmbeddedKernel(profile).connect(), is_late, in_flight=4))
+    first, second, third, dumper = (Waiter(None) for _ in range(4))
+    assert room.enter(first, 9, dump=False) == 4
+    assert [room.enter(second, 9, dump=False), room.enter(third, 1, dump=False)] == [0, 0]
+    room.sent(first)
+    room.keep(first, 1)
+    assert room.enter(third, 1, dump=False) == 0, "it is not its turn"
+    assert room.next == [second]
+    assert room.enter(second, 9, dump=False) == 3
+    room.sent(second)
+    assert bool(room.enter(dumper, 1, dump=True)) is (profile == "linux")
+    for waiter in (first, second, dumper):
+        room.leave(waiter)
+        room.leave(waiter)
+    assert (room.next, room.dumping) == ([third], False)
+    assert room.enter(third, 1, dump=False) == 1
+    assert bool(room.enter(dumper, 1, dump=True)) is (profile == "linux"), "FreeBSD: somebody has not sent yet"
+    assert room.dumping is (profile == "linux")
+    room.sent(third)
+    assert room.dumping or room.enter(dumper, 1, dump=True) == 1
+    assert bool(room.enter(first, 1, dump=False)) is (profile == "linux"), "FreeBSD: nothing else beside a dump"
 
 
 def test_an_answer_that_comes_too_late(channel: Holding) -> None:
