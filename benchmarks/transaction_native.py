@@ -17,7 +17,9 @@ POLICIES, ROUNDS = 5000, 5
 TUNNEL = Template.tunnel("192.0.2.1", "198.51.100.1", reqid=1)
 SHAPES = {
     "hosts": [Selector(f"10.1.{n >> 8}.{n & 255}", f"10.2.{n >> 8}.{n & 255}") for n in range(POLICIES)],
-    "prefixes": [Selector(f"10.{n >> 8}.{n & 255}.0/24", f"172.{16 + (n >> 8)}.{n & 255}.0/24") for n in range(POLICIES)],
+    "prefixes": [
+        Selector(f"10.{n >> 8}.{n & 255}.0/24", f"172.{16 + (n >> 8)}.{n & 255}.0/24") for n in range(POLICIES)
+    ],
 }
 
 
