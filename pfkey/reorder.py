@@ -36,7 +36,7 @@ def tidy(book: Book, works: Sequence[Work], beside: list[Work]) -> Steps:
 
     What this takes is put to `beside`.  What would have to come to stand behind a guard that stays is refused.
     """
-    standing = [Work(work.tracked) for work in works]
+    standing = [Work(work.tracked, claimed=work.claimed) for work in works]
     movers = moves(book, [*standing, *beside])
     if movers:
         yield from reorder(book, movers)

@@ -300,7 +300,7 @@ def drop_leftovers(book: Book, works: Iterable[Work]) -> Steps:
     going: list[tuple[Work, Policy]] = []
     for work in works:
         state = work.tracked.installed.state
-        if state in (State.OURS, State.FOREIGN) or (state is State.ABSENT and not len(work.tracked)):
+        if state in (State.OURS, State.FOREIGN) or (state is State.ABSENT and not (len(work.tracked) or work.claimed)):
             going += [(work, guard) for guard in work.tracked.leftover]
     if not going:
         return
