@@ -133,6 +133,7 @@ class Book:
             return
         if tracked.troubles is not None and not tracked.troubles.are_over:
             return
+        self.indexes[int(tracked.direction)].put(tracked, None)
         self.tables[int(tracked.direction)].pop(tracked.selector.identity, None)
         if tracked.installed.policy_id:
             self.note(tracked, ABSENT)
@@ -152,7 +153,7 @@ class Book:
         if self.abi.has_priority:
             self.indexes[way].put(tracked, None if image is None else image.priority)
         else:
-            self.indexes[way].put(tracked, None if image is None else 0)
+            self.indexes[way].put(tracked, None if image is None and not tracked.leftover else 0)
 
     def read(self, tracked: TrackedPolicy, policy: Policy | None) -> None:
         """Note what the kernel says that it holds."""
@@ -211,6 +212,23 @@ class Book:
                 f" which of them wins differs between kernels and changes with updates: give one a priority"
             )
         return texts
+
+    def is_behind_weaker(self, tracked: TrackedPolicy) -> bool:
+        """On a kernel that orders by insertion: whether something weaker is, or may be, met in place of this one."""
+        if self.abi.has_priority or tracked.rank is None:
+            return False
+        own = tracked.installed.policy_id
+        for other in self.indexes[int(tracked.direction)].overlapping(tracked):
+            if other.rank is not None:
+                if other.rank <= tracked.rank:
+                    continue
+                if other.installed.state is State.UNKNOWN:
+                    return True
+                if other.installed.state is State.OURS and other.installed.policy_id < own:
+                    return True
+            if any(guard.id < own for guard in other.leftover):
+                return True
+        return False
 
     def tagged(self, policy: Policy) -> Policy:
         """The same with this tracker's tag."""

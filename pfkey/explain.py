@@ -75,8 +75,8 @@ def explain(book: Book, tracked: TrackedPolicy) -> Explanation:
         reason = UNCHANGED if len(tracked) else UNUSED
     if step is Step.DELETE and tracked.troubles is not None and tracked.troubles.lingers_until is not None:
         would_send, reason = (), LINGERS
-    if step is Step.UPDATE:
-        would_guard, why = _guard(book, tracked)
+    if step is Step.UPDATE or (step is Step.ADD and not book.abi.has_priority):
+        would_guard, why = _guard(book, tracked, step)
         reason += f"; guarded: {why}" if would_guard else ""
     if tracked.troubles is not None and tracked.troubles.contested:
         reason += (
@@ -98,11 +98,11 @@ def explain(book: Book, tracked: TrackedPolicy) -> Explanation:
     )
 
 
-def _guard(book: Book, tracked: TrackedPolicy) -> tuple[tuple[MessageType, ...], str]:
+def _guard(book: Book, tracked: TrackedPolicy, step: Step) -> tuple[tuple[MessageType, ...], str]:
     top = tracked.top
     assert top is not None
-    work = Work(tracked, step=Step.UPDATE, policy=tracked.policy(top, book.tag), before=tracked.installed)
-    plan = plan_guard(book, work)
+    work = Work(tracked, step=step, policy=tracked.policy(top, book.tag), before=tracked.installed)
+    plan = plan_guard(book, work) if step is Step.UPDATE else ()
     kinds = [MessageType.SPDADD, MessageType.SPDDELETE] if plan else []
     if not book.abi.has_priority:
         followers = moves(book, [work])

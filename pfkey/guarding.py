@@ -27,7 +27,7 @@ from .work import (
     without,
 )
 
-__all__ = ["plan_guard", "stand_guards"]
+__all__ = ["plan_guard", "refuse_behind", "stand_guards"]
 
 log = logging.getLogger("pfkey.keeper")
 
@@ -160,14 +160,15 @@ def _refuse_behind_stale(book: Book, work: Work) -> None:
     assert work.policy is not None
     for guard in work.tracked.leftover:
         if not book.abi.has_priority or guard.priority <= work.policy.priority:
-            work.fail(
-                PFKeyError(
-                    f"{work.tracked} was not updated: a guard of a former update ({guard.selector}) could not be"
-                    f" deleted and would stay in front of it; {'; '.join(work.notes)}"
-                )
-            )
-            work.step = Step.NOTHING
+            refuse_behind(work, guard, work.notes)
             return
+
+
+def refuse_behind(work: Work, guard: Policy, notes: Iterable[str]) -> None:
+    """What is new must not come to stand behind a guard of something else."""
+    text = f"a guard of a former update ({guard.selector}) could not be deleted and would stay in front of it"
+    work.fail(PFKeyError("; ".join([f"{work.tracked} was not updated: {text}", *notes])))
+    work.step = Step.NOTHING
 
 
 def _look_for_strangers(book: Book, works: Sequence[Work]) -> Steps:

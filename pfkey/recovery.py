@@ -17,8 +17,9 @@ from .constants import MessageType
 from .errors import DumpOverflow, KernelError, PFKeyError, ReplyTimeout
 from .guards import Kind, Tag, read_tag, real_selector, tag_lifetime
 from .messages import Policy, Selector
+from .overlaps import overlap
 from .tracker import Installed, State, TrackedPolicy
-from .typed import PolicyRow, policy_message
+from .typed import PolicyRow, policy_from, policy_message
 from .work import GRACE, Ask, Rows, Run, Steps, dump, get, uncertain
 
 __all__ = ["AT_WORK", "real_of", "recover", "take_stock"]
@@ -53,7 +54,13 @@ def recover(book: Book, waiting: Collection[TrackedPolicy]) -> Steps:
 def take_stock(book: Book, rows: Rows, waiting: Collection[TrackedPolicy] = ()) -> Steps:
     """Look through all policies that there are: for guards that were left behind, and for what is ours."""
     book.recovered = True
-    yield from see_to_guards(book, rows)
+    is_changed = yield from see_to_guards(book, rows)
+    if is_changed:
+        try:
+            rows = yield from dump(book)
+        except (PFKeyError, OSError) as error:
+            log.warning("policies of a former process are not known: %s", error)
+            return
     _note_former(book, rows, waiting)
 
 
@@ -78,12 +85,15 @@ def _note_former(book: Book, rows: Rows, waiting: Collection[TrackedPolicy]) -> 
         book.former[row.direction, row.identity] = Installed(state, book.row_image(row), row.id, was_ours=mine)
 
 
-def see_to_guards(book: Book, rows: Rows) -> Steps:
-    """Promote those whose policy is missing, then delete them; a discard guard without its policy stays."""
+def see_to_guards(book: Book, rows: Rows) -> Run[bool]:
+    """Promote those whose policy is missing, then delete them; a discard guard without its policy stays.
+
+    Whether there were any, so that the rows are old.
+    """
     book.orphans.clear()  # they are in the rows
     tags = [read_tag(row.lifetime_hard, book.abi) for row in rows.numbers]
     if all(tag is None or tag.kind is Kind.POLICY for tag in tags):
-        return
+        return False
     standing = yield from _standing(book, rows, tags)
     alive = {
         (int(guard.direction), guard.selector)
@@ -111,7 +121,7 @@ def see_to_guards(book: Book, rows: Rows) -> Steps:
             lifetime = tag_lifetime(tag.owner, Kind.POLICY, book.abi)
             guards.append((row, replace(row, selector=selector, lifetime_hard=lifetime, id=0, lifetime_current=None)))
     if not guards:
-        return
+        return False
     promoted = [real for _, real in guards if real is not None]
     for real in promoted:
         log.warning("%s is missing from the kernel, its guard is there: it is added from that", real)
@@ -122,16 +132,53 @@ def see_to_guards(book: Book, rows: Rows) -> Steps:
             if isinstance(reply, PFKeyError) and not isinstance(reply, FileExistsError):
                 failed.add((int(real.direction), real.selector.identity))
                 log.warning("%s could not be added, its guard stays: %s", real, reply)
+            elif not isinstance(reply, PFKeyError):
+                standing[int(real.direction), real.selector.identity] = policy_from(reply)
     going = []
     for guard, missing in guards:
         if missing is not None and (where := (int(missing.direction), missing.selector.identity)) in failed:
             book.orphans.setdefault(where, []).append(guard)
         else:
             going.append(guard)
-    yield from _delete(book, going)
+    if book.abi.has_priority:
+        yield from _delete(book, going)
+    elif not failed and (yield from _put_in_order(book, going, standing)):
+        for guard in sorted(going, key=lambda guard: guard.id, reverse=True):  # each holds the place of those behind it
+            if book.recovered:
+                yield from _delete(book, [guard])
+    else:
+        book.recovered = False
+    return True
 
 
-def _standing(book: Book, rows: Rows, tags: Sequence[Tag | None]) -> Run[set[_Key]]:
+def _put_in_order(book: Book, guards: Sequence[Policy], standing: dict[_Key, Policy]) -> Run[bool]:
+    """On a kernel that orders by insertion: whether the policies of a move stand in the order of their guards now.
+
+    Those guards were made strongest first, and stand in front of whatever the move has put to the end of the list.
+    """
+    moved = [
+        policy
+        for guard in sorted(guards, key=lambda guard: guard.id)
+        if (policy := standing.get((int(guard.direction), real_of(guard, book.abi).identity))) is not None
+    ]
+    if all(
+        stronger.id < weaker.id or not overlap(stronger.selector, weaker.selector)
+        for at, stronger in enumerate(moved)
+        for weaker in moved[at + 1 :]
+        if stronger.direction == weaker.direction
+    ):
+        return True
+    for policy in moved[1:]:
+        log.warning("%s is put behind what is stronger, which a former process did not come to do", policy)
+        again = replace(policy, id=0, lifetime_current=None)
+        (reply,) = yield Ask([policy_message(MessageType.SPDUPDATE, again, book.abi)])
+        if isinstance(reply, PFKeyError):
+            log.warning("it could not be, and the guards stay: %s", reply)
+            return False
+    return True
+
+
+def _standing(book: Book, rows: Rows, tags: Sequence[Tag | None]) -> Run[dict[_Key, Policy]]:
     """What has a policy that packets of the main table meet; entries with marks are not known to SPDGET (Linux)."""
     wanted = {
         (row.direction, real_selector(rows.policies[at].selector, tag.kind).identity)
@@ -144,7 +191,7 @@ def _standing(book: Book, rows: Rows, tags: Sequence[Tag | None]) -> Run[set[_Ke
         if _is_real(row, tag) and (row.direction, row.identity) in wanted
     ]
     found = yield from get(book, [policy_id for _, policy_id in entries])
-    return {key for (key, _), policy in zip(entries, found, strict=True) if isinstance(policy, Policy)}
+    return {key: policy for (key, _), policy in zip(entries, found, strict=True) if isinstance(policy, Policy)}
 
 
 def real_of(guard: Policy, abi: Abi) -> Selector:

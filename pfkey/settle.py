@@ -20,7 +20,7 @@ from .guarding import stand_guards
 from .messages import Policy
 from .overlaps import overlap
 from .recovery import AT_WORK, recover
-from .reorder import by_rank, moves, needs_order, reorder
+from .reorder import by_rank, left_beside, moves, needs_order, reorder, tidy
 from .tracker import Installed, State, Step, TrackedPolicy, decide, image_text
 from .typed import policy_message
 from .work import (
@@ -96,13 +96,37 @@ def _give_back(book: Book, work: Work) -> None:
 
 def _rounds(book: Book, works: Sequence[Work]) -> Steps:
     pending = list(works)
+    beside: list[Work] = []
     for _ in range(_ROUNDS):
-        movers = yield from _round(book, pending)
-        pending = [work for work in [*pending, *movers] if _needs_another(work)]
+        others = yield from _round(book, pending)
+        beside += others
+        asked = {work.tracked for work in works}
+        pending = [work for work in [*pending, *others] if _needs_another(work) or (beside and _is_upset(book, work))]
+        pending = [work for work in pending if not (work.mover and work.tracked in asked)]
         for work in pending:
-            work.existed = work.mover = False
+            work.existed = False
         if not pending:
-            return
+            break
+    if beside and works:
+        _account(book, works, beside)
+
+
+def _account(book: Book, works: Sequence[Work], beside: Sequence[Work]) -> None:
+    """What was sent for others that had to be moved counts for the first; what is not in order yet is told."""
+    for other in beside:
+        works[0].guards += [*other.sent, *other.guards]
+    error = next((other.error for other in beside if other.error is not None), None)
+    for work in works:
+        if work.error is None and error is not None and book.is_behind_weaker(work.tracked):
+            text = f"{work.tracked} stands, but weaker policies could not be moved behind it; a guard holds its place"
+            failure = PFKeyError(f"{text} until the next call: {error}")
+            failure.__cause__ = error
+            work.fail(failure)
+
+
+def _is_upset(book: Book, work: Work) -> bool:
+    """On a kernel that orders by insertion: whether a move left it behind something weaker, or a guard of it."""
+    return book.is_behind_weaker(work.tracked) or bool(work.tracked.leftover)
 
 
 def _needs_another(work: Work) -> bool:
@@ -130,21 +154,21 @@ def _round(book: Book, works: Sequence[Work]) -> Run[list[Work]]:
         if work.step in MESSAGES:
             _prepare(book, work)
     adding = [work for work in works if work.step in (Step.ADD, Step.UPDATE)]
-    movers: list[Work] = []
-    if not book.abi.has_priority and adding:
-        movers = moves(book, adding)
+    beside: list[Work] = []
+    if not book.abi.has_priority:
+        beside = left_beside(book, works)
+        if beside or any(work.tracked.leftover for work in works):
+            yield from tidy(book, works, beside)
+            adding = [work for work in works if work.step in (Step.ADD, Step.UPDATE)]
+        movers = moves(book, [*works, *beside])
         if movers or needs_order(book, adding):
             yield from reorder(book, [*adding, *movers])
             adding = []
+        beside += movers
     yield from stand_guards(book, adding)
     yield from _install(book, adding)
-    yield from _remove(book, works)
-    main = next(iter(works), None)
-    for mover in movers:
-        if main is not None:
-            main.guards += mover.guards
-            mover.guards = []
-    return movers
+    yield from _remove(book, works, beside)
+    return beside
 
 
 # Reading, and the table.
@@ -270,10 +294,11 @@ def _install(book: Book, works: Sequence[Work]) -> Steps:
 # The third barrier: what is to go.
 
 
-def _remove(book: Book, works: Sequence[Work]) -> Steps:
+def _remove(book: Book, works: Sequence[Work], beside: Sequence[Work]) -> Steps:
     """Delete guards whose policy stands, and policies that nobody uses."""
-    yield from drop_leftovers(book, works)
-    going = [work for work in works if work.step is Step.DELETE]
+    once = {work.tracked: work for work in [*beside, *works]}
+    yield from drop_leftovers(book, sorted(once.values(), key=by_rank, reverse=True) if beside else works)
+    going = [work for work in works if work.step is Step.DELETE and work.tracked.installed.state is State.OURS]
     failed = [work for work in works if work.error is not None and work.step is not Step.DELETE]
     if failed:
         going = [work for work in going if not _has_to_stay(work, failed)]
@@ -284,7 +309,8 @@ def _remove(book: Book, works: Sequence[Work]) -> Steps:
     for work in going:
         work.sent.append(MessageType.SPDDELETE)
         assert work.policy is not None
-        book.note(work.tracked, work.tracked.installed.doubted())
+        work.before = work.tracked.installed
+        book.note(work.tracked, work.before.doubted())
         messages.append(policy_message(MessageType.SPDDELETE, work.policy, book.abi))
     replies = yield Ask(messages)
     rejected: list[Work] = []

@@ -317,7 +317,7 @@ def drop_leftovers(book: Book, works: Iterable[Work]) -> Steps:
     going: list[tuple[Work, Policy]] = []
     for work in works:
         state = work.tracked.installed.state
-        if state in (State.OURS, State.FOREIGN) or (state is State.ABSENT and not len(work.tracked)):
+        if state in (State.OURS, State.FOREIGN) or (state is State.ABSENT and not (len(work.tracked) or work.claimed)):
             going += [(work, guard) for guard in work.tracked.leftover]
     if not going:
         return
@@ -325,6 +325,15 @@ def drop_leftovers(book: Book, works: Iterable[Work]) -> Steps:
     going = yield from _known_to_stand(book, going)
     if book.abi.stronger_update_shows_none:
         yield GRACE
+    if book.abi.has_priority:
+        yield from _delete_guards(book, going)
+        return
+    for one in going:  # one by one, the weakest first: each may hold the place of what stands behind it
+        if not book.is_behind_weaker(one[0].tracked):
+            yield from _delete_guards(book, [one])
+
+
+def _delete_guards(book: Book, going: Sequence[tuple[Work, Policy]]) -> Steps:
     messages = []
     for work, guard in going:
         work.guards.append(MessageType.SPDDELETE)
