@@ -300,7 +300,9 @@ class PolicyTracker:
         """What uses the policy, what the kernel holds as far as is known, what would be sent now, and why."""
         self._book.must_support(direction)
         with self._lock:
-            tracked = self._book.get(direction, selector) or TrackedPolicy(direction, selector, self._abi)
+            tracked = self._book.get(direction, selector)
+            if tracked is None:
+                tracked = TrackedPolicy(direction, selector, self._abi)
             return explain(self._book, tracked)
 
     def assignments(self, direction: Direction, selector: Selector) -> tuple[Assignment, ...]:
