@@ -103,13 +103,13 @@ def _guard(book: Book, tracked: TrackedPolicy, step: Step) -> tuple[tuple[Messag
     assert top is not None
     work = Work(tracked, step=step, policy=tracked.policy(top, book.tag), before=tracked.installed)
     plan = plan_guard(book, work) if step is Step.UPDATE else ()
-    kinds = [MessageType.SPDADD, MessageType.SPDDELETE] if plan else []
+    guards, updates = int(bool(plan)), 0
     if not book.abi.has_priority:
         followers = moves(book, [work])
-        for _ in followers:
-            kinds[len(kinds) // 2 : len(kinds) // 2] = [MessageType.SPDUPDATE, MessageType.SPDUPDATE]
-            if plan:
-                kinds = [MessageType.SPDADD, *kinds, MessageType.SPDDELETE]
+        guards += sum(bool(plan_guard(book, follower)) for follower in followers)
+        # Each is moved behind the guards, then behind the policy; one alone behind a new policy at once.
+        updates = len(followers) if step is Step.ADD and len(followers) == 1 else 2 * len(followers)
         if followers:
             work.why += f"{'; ' if work.why else ''}{len(followers)} weaker policies have to be moved behind it"
+    kinds = [MessageType.SPDADD] * guards + [MessageType.SPDUPDATE] * updates + [MessageType.SPDDELETE] * guards
     return tuple(kinds), work.why

@@ -235,8 +235,8 @@ class Tracking:
     def explain(self, direction: Direction, selector: Selector) -> Explanation:
         """What is known, and what follows."""
         self.book.must_support(direction)
-        tracked = self.book.get(direction, selector) or TrackedPolicy(direction, selector, self.abi)
-        return explain(self.book, tracked)
+        tracked = self.book.get(direction, selector)
+        return explain(self.book, TrackedPolicy(direction, selector, self.abi) if tracked is None else tracked)
 
     def assignments(self, direction: Direction, selector: Selector) -> tuple[Assignment, ...]:
         """What uses a policy."""
