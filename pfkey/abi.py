@@ -378,6 +378,8 @@ def _freebsd(release: tuple[int, ...], byteorder: ByteOrder) -> Abi:
     atomic = release == (14,) or release >= (14, 3)
     extensions = numbers.freebsd_extensions(release)
     replay_extension = ExtensionType.SA_REPLAY in extensions.values()
+    # 11 without a minor number may be a kernel from before 11.0 (seen: an 11-CURRENT) just as well as an 11.4.
+    may_be_old = release < (11, 1)
     return Abi(
         name="freebsd",
         release=release,
@@ -417,13 +419,13 @@ def _freebsd(release: tuple[int, ...], byteorder: ByteOrder) -> Abi:
         one_writer=True,
         tag_in="addtime",
         update_changes_id=True,
-        dump_shows_dead=not replay_extension,  # 11.1 brought both: that extension, and an SPD without dead entries
+        dump_shows_dead=may_be_old,
         dump_counts_down=True,
         error_echoes_request=True,
         absent_policy_error="EINVAL",
         setidx_answers_spdadd=False,
         flush_answers_twice=False,
         migrate_answers_seq_zero=False,
-        spdget_may_answer_seq_zero=not replay_extension,  # 11.1 has both
+        spdget_may_answer_seq_zero=may_be_old,
         send_limit=2048,
     )
