@@ -181,6 +181,8 @@ class Work:
     """What somebody else had in its place, which was to become ours."""
     existed: bool = False
     """The kernel said that the selector is taken."""
+    postponed: bool = False
+    """Nothing was wrong with it, but with another one: it is its turn in the next round."""
     was_read: bool = False
     sent: list[MessageType] = field(default_factory=list)
     guards: list[MessageType] = field(default_factory=list)
