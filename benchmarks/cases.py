@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
@@ -14,17 +13,15 @@ from pathlib import Path
 
 import embedded_rows
 import peer_struct
+import tracker_rows
 
 import pfkey
 from pfkey import (
     Abi,
-    Assignment,
     Direction,
     Lifetime,
-    Message,
     MessageType,
     Policy,
-    PolicyTracker,
     SAProtocol,
     SecurityAssociation,
     Selector,
@@ -39,7 +36,7 @@ from pfkey.codec import core_abi
 from pfkey.tables import Batch, Messages, assemble
 from pfkey.typed import association_from, association_message, policy_from, policy_message, policy_rows
 
-__all__ = ["CASES", "DUMP_ROWS", "RATIOS", "Case", "Ratio"]
+__all__ = ["CASES", "DUMP_ROWS", "MEMORY_ROWS", "RATIOS", "TRANSACTION_ROWS", "Case", "Ratio"]
 
 LINUX = Abi.linux()
 RECORDED = Path(__file__).parent.parent / "tests" / "data" / "linux-6.1.json"
@@ -218,49 +215,6 @@ def construct_encode() -> Prepared:
     return lambda: schema.build(fields, LINUX)
 
 
-# The tracker.
-
-
-class NullKernel:
-    """Acknowledges whatever it is told: what is left is the tracker's own time."""
-
-    abi = LINUX
-
-    def check_policy(self, policy: Policy) -> None:
-        pass
-
-    def request_many(self, messages: list[Message]) -> list[Message]:
-        return messages
-
-    def dump_policies(self) -> list[Policy]:
-        return []
-
-
-def rekeying(policies: int) -> Callable[[], Prepared]:
-    """Add the new SA, remove the old one, for the next policy among so many; no kernel message is needed."""
-
-    def prepare() -> Prepared:
-        tracker = PolicyTracker(NullKernel())
-        template = Template.tunnel("192.0.2.1", "198.51.100.1", reqid=1)
-        first, second = Assignment(template, spi=0xC0000001), Assignment(template, spi=0xC0000002)
-        selectors = [prefixes(number) for number in range(policies)]
-        for selector in selectors:
-            tracker.add(Direction.OUT, selector, first)
-        # Rekeyed once each, then back again, so that every policy always has exactly one assignment.
-        turns = itertools.cycle(
-            [*((one, first, second) for one in selectors), *((one, second, first) for one in selectors)]
-        )
-
-        def run() -> None:
-            selector, old, new = next(turns)
-            tracker.add(Direction.OUT, selector, new)
-            tracker.remove(Direction.OUT, selector, old)
-
-        return run
-
-    return prepare
-
-
 # A fresh interpreter.
 
 FIRST_POLICY = """
@@ -300,8 +254,12 @@ CASES = (
     Case("encode(), from a Policy", encode_policy, 2.5e-6),
     Case("encode by hand-written struct", struct_encode),
     Case("encode by the schema (construct)", construct_encode, None, 1, 10, 300),
-    Case("a rekeying among 1,000 policies", rekeying(1000), 12e-6),
-    Case("a rekeying among 10,000 policies", rekeying(10_000), 12e-6),
+    Case("a rekeying among 1,000 policies", tracker_rows.rekeying(1000), 12e-6),
+    Case("a rekeying among 10,000 policies", tracker_rows.rekeying(10_000), 12e-6),
+    Case("a rekeying among 100,000 policies", tracker_rows.rekeying(100_000)),
+    Case("adding a policy among 100,000, overlaps looked for", tracker_rows.adding(100_000, 8000), 50e-6, 1, 100, 50),
+    Case("a transaction that rekeys 10,000, nothing changes", tracker_rows.transaction(10_000), 150e-3, 1, 1, 15),
+    Case("a resync of 10,000 policies, embedded kernel", tracker_rows.resync(10_000), 150e-3, 1, 1, 15),
     Case("a policy into an embedded kernel, send_many()", embedded_rows.add, 40e-6, embedded_rows.ADDED, 1, 5),
     Case("a dump of 10,000 out of it, nothing decoded", embedded_rows.dump, 5e-6, embedded_rows.DUMPED, 1, 10),
     Case("the same through a socket, decoded", embedded_rows.dump_served, None, embedded_rows.DUMPED, 1, 10),
@@ -315,6 +273,19 @@ DUMP_ROWS = {
     "loop": "a dump of 5,000 policies, recv() in a loop, nothing decoded",
     "dump": "the same by dump_policies(), decoded",
     "select": "its table, two columns as tuples",
+}
+
+# The same, by transaction_native.py.
+TRANSACTION_ROWS = {
+    f"{shape} {how}": f"5,000 policies added {how}, pairs of {shape}"
+    for shape in ("hosts", "prefixes")
+    for how in ("one by one", "in one transaction")
+}
+
+# Bytes, counted by tracker_memory.py: what it prints -> (the row, the budget).
+MEMORY_ROWS = {
+    "own": ("the tracker's own memory, 100,000 policies of two assignments", 60e6),
+    "all": ("the same with the caller's selectors and assignments", 160e6),
 }
 
 RATIOS = (
@@ -340,9 +311,21 @@ RATIOS = (
         at_least=80,
     ),
     Ratio(
-        "a rekeying among 10,000 against 1,000",
-        "a rekeying among 10,000 policies",
+        "a rekeying among 100,000 against 1,000",
+        "a rekeying among 100,000 policies",
         "a rekeying among 1,000 policies",
         at_most=1.3,
+    ),
+    Ratio(
+        "one transaction against one by one, hosts",
+        TRANSACTION_ROWS["hosts one by one"],
+        TRANSACTION_ROWS["hosts in one transaction"],
+        at_least=3,
+    ),
+    Ratio(
+        "one transaction against one by one, prefixes",
+        TRANSACTION_ROWS["prefixes one by one"],
+        TRANSACTION_ROWS["prefixes in one transaction"],
+        at_least=2,
     ),
 )

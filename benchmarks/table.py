@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from cases import CASES, DUMP_ROWS, RATIOS, Case, Ratio
+from cases import CASES, DUMP_ROWS, MEMORY_ROWS, RATIOS, TRANSACTION_ROWS, Case, Ratio
 
 __all__ = ["budget_text", "figure", "markdown", "ratio", "ratio_text", "within"]
 
@@ -52,9 +52,12 @@ def markdown(minima: Minima) -> Iterator[str]:
         if case.name in minima:
             name = case.name + (f" (less {case.minus})" if case.minus else "")
             yield f"| {name} | {_time(figure(case, minima))} | {budget_text(case)} |"
-    for row in DUMP_ROWS.values():
+    for row in (*DUMP_ROWS.values(), *TRANSACTION_ROWS.values()):
         if row in minima:
             yield f"| {row} (each) | {_time(minima[row])} | |"
+    for row, budget in MEMORY_ROWS.values():
+        if row in minima:
+            yield f"| {row} | {minima[row] / 1e6:.3g} MB | {budget / 1e6:g} MB |"
     yield ""
     yield "| ratio | measured | limit |"
     yield "|---|---|---|"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from cases import CASES, DUMP_ROWS, RATIOS, Case, Ratio
+from cases import CASES, DUMP_ROWS, MEMORY_ROWS, RATIOS, TRANSACTION_ROWS, Case, Ratio
 from pytest_benchmark.fixture import BenchmarkFixture
 from table import budget_text, figure, ratio, ratio_text, within
 
@@ -28,22 +30,42 @@ def test_case(case: Case, benchmark: BenchmarkFixture) -> None:
     MINIMA[case.name] = benchmark.stats.stats.min / case.operations
 
 
-def test_dump_in_user_mode_linux(benchmark: BenchmarkFixture) -> None:
+@pytest.mark.parametrize(
+    ("script", "rows"),
+    [("dump_native.py", DUMP_ROWS), ("transaction_native.py", TRANSACTION_ROWS)],
+    ids=["dump", "transaction"],
+)
+def test_in_user_mode_linux(script: str, rows: dict[str, str], benchmark: BenchmarkFixture) -> None:
     """Boots a real af_key; the figures are those that the script inside measures, not the boot."""
     sys.path.insert(0, str(ROOT / "tests"))
     from kernel.uml import Unavailable, UserModeLinux
 
-    script = str(ROOT / "benchmarks" / "dump_native.py")
     environment = {"PYTHONPATH": str(Path(pfkey.__file__).parent.parent)}
+    command = [sys.executable, str(ROOT / "benchmarks" / script)]
     try:
-        uml = UserModeLinux([sys.executable, script], directory=ROOT, environment=environment)
+        uml = UserModeLinux(command, directory=ROOT, environment=environment)
     except Unavailable as reason:
         pytest.skip(str(reason))
     with uml:
         assert benchmark.pedantic(uml.wait, (300,), rounds=1, iterations=1) == 0, uml.report()  # type: ignore[no-untyped-call]
         found = json.loads(uml.output().splitlines()[-1])
-    benchmark.extra_info["measured"] = {row: found[key] for key, row in DUMP_ROWS.items()}
+    benchmark.extra_info["measured"] = {row: found[key] for key, row in rows.items()}
     MINIMA.update(benchmark.extra_info["measured"])
+
+
+def test_memory(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> None:
+    """In an interpreter of its own; the figures are bytes."""
+    environment = os.environ | {"PYTHONPATH": str(Path(pfkey.__file__).parent.parent)}
+    command = [sys.executable, str(ROOT / "benchmarks" / "tracker_memory.py")]
+
+    def run() -> str:
+        return subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout
+
+    found = json.loads(benchmark.pedantic(run, rounds=1, iterations=1))  # type: ignore[no-untyped-call]
+    benchmark.extra_info["measured"] = {row: found[key] for key, (row, _) in MEMORY_ROWS.items()}
+    for key, (row, budget) in MEMORY_ROWS.items():
+        if found[key] > budget:
+            _over(f"{row}: {found[key] / 1e6:.3g} MB, budget {budget / 1e6:g} MB", pytestconfig)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.budget], ids=lambda case: case.name)

@@ -125,19 +125,22 @@ class AsyncLink(Shared):
 
     async def _drain(self) -> None:
         """Take what has arrived since: others' broadcasts would fill the buffer that our answers need."""
-        while not self._closed:
+        if self._work is None:
+            self._read_all()
+        if not self.conversation.rest_of_dump:
+            return
+        self._quiet = 0.0
+        # A read of the worker may have begun before, so one that ends in vain proves nothing.
+        while not self._rest_is_over(2 * SLICE):
             if self._work is None:
+                await asyncio.sleep(SLICE / 10)
+                self._quiet += SLICE / 10
                 self._read_all()
-            if not self._rest_of_dump:
-                return
-            if self._work is None:
-                await asyncio.sleep(0)
             else:
                 await asyncio.wait([self._work])
 
     async def _await(self, waiter: Task) -> None:
         """Until it has what it waits for, or is out of time."""
-        waiter.start_clock()
         self._waiting[waiter] = None
         while not waiter.done and not self._closed:
             try:
@@ -210,12 +213,11 @@ class AsyncLink(Shared):
             return
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="pfkey-receive")
-        looks = self._rest_of_dump  # for what is left, and does not wait: somebody else may, for the end of that
-        wait = partial(receive, self.channel, AT_ONCE, 0.0 if looks else SLICE, dump=self._room.dumping)
+        wait = partial(receive, self.channel, AT_ONCE, SLICE, dump=self._room.dumping)
         self._work = self._loop.run_in_executor(self._executor, wait)
-        self._work.add_done_callback(partial(self._worked, looks))
+        self._work.add_done_callback(self._worked)
 
-    def _worked(self, looked: bool, work: asyncio.Future[list[bytes | Batch] | None]) -> None:
+    def _worked(self, work: asyncio.Future[list[bytes | Batch] | None]) -> None:
         self._work = None
         if work.cancelled():
             return
@@ -224,7 +226,8 @@ class AsyncLink(Shared):
             if not self._closed:
                 self._failed(error)
             return
-        self._take(work.result(), emptied=looked)
+        if self._take(work.result(), SLICE):
+            self._deliver()
         if any(not waiter.done for waiter in self._waiting):
             self._start_work()
 
@@ -233,21 +236,11 @@ class AsyncLink(Shared):
         for _ in range(_ROUNDS):
             if self._closed:
                 return
-            if not self._take(receive(self.channel, AT_ONCE, 0.0, dump=self._room.dumping), emptied=True):
+            if not self._take(receive(self.channel, AT_ONCE, 0.0, dump=self._room.dumping), 0.0):
                 return
+            self._deliver()
         if self._loop is not None and self._descriptor >= 0:
             self._loop.call_soon(self._readable)
-
-    def _take(self, received: list[bytes | Batch] | None, *, emptied: bool) -> bool:
-        if received is None:
-            self._losses += 1
-            return False
-        if not received:
-            self._rest_of_dump = self._rest_of_dump and not emptied
-            return False
-        self._arrived.extend(received)
-        self._deliver()
-        return True
 
     # What nobody asked for.
 

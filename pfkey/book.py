@@ -10,7 +10,7 @@ from .abi import Abi
 from .constants import Action, Direction
 from .errors import NotSupported
 from .guards import Guard, Kind, read_tag, tag_lifetime
-from .messages import Policy, Selector
+from .messages import Policy, PolicyExtension, Selector
 from .overlaps import OverlapIndex
 from .tracker import ABSENT, Image, Installed, Request, State, TrackedPolicy, image_of, image_of_policy
 from .typed import PolicyRow, templates_of
@@ -167,7 +167,7 @@ class Book:
         mine = None if tag is None else tag.owner == self.settings.owner
         self.note(tracked, installed.found(image, policy.id, mine=mine, replaced=replaced))
 
-    def image(self, policy: Policy, like: Image | None = None) -> Image:
+    def image(self, policy: Policy | PolicyExtension, like: Image | None = None) -> Image:
         """The image of a policy from the kernel; the very object `like` when it is equal."""
         image = image_of_policy(policy, self.abi)
         return like if image == like and like is not None else image

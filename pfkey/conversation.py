@@ -11,7 +11,7 @@ from struct import Struct
 from .abi import Abi
 from .codec import Message, decode, encode
 from .constants import ExtensionType, MessageType
-from .errors import DecodeError, DumpOverflow, EncodeError, PFKeyError, kernel_error
+from .errors import ChannelClosed, DecodeError, DumpOverflow, EncodeError, KernelError, PFKeyError, kernel_error
 from .messages import Address
 from .tables import Batch, Messages, assemble
 from .typed import describe
@@ -139,6 +139,8 @@ class Conversation:
         self._events_dropped = 0
         self._watches: tuple[weakref.ref[Watch], ...] = ()
         self._watches_lost = 0
+        self.rest_of_dump = False
+        """A dump was given up and its last part has not come: parts of it must not be taken for those of the next."""
         self.undecodable = 0
         """Datagrams that were no message and answered no request."""
 
@@ -197,6 +199,8 @@ class Conversation:
         if request.error is not None:
             self._migrations.pop(request.seq, None)
         if self._pending.pop(request.seq, None) is not None:
+            if request.dump and not (request.count and request.last == 0) and _may_go_on(request.error):
+                self.rest_of_dump = True
             self._ended[request.seq] = request.type
             while len(self._ended) > _REMEMBERED:
                 self._ended.popitem(last=False)
@@ -363,8 +367,12 @@ class Conversation:
     def _is_late(self, kind: MessageType | int, errno: int, seq: int, pid: int) -> bool:
         if pid != self.pid:
             return False
-        if kind in DUMPS or self._answers_without_seq(kind, seq):
-            return True  # sent to who asked alone: this belongs to one given up
+        if kind in DUMPS:  # they are sent to who asked alone: this is the rest of one given up
+            if not seq or errno:
+                self.rest_of_dump = False
+            return True
+        if self._answers_without_seq(kind, seq):
+            return True
         return seq in self._ended and self._type_answers(self._ended[seq], kind, errno)
 
     def _note_event(self, message: Message) -> None:
@@ -423,6 +431,11 @@ class Conversation:
         if self.abi.dump_counts_down:
             return request.last - 1 - seq if request.count else 0
         return seq - request.count - 1 if seq else 0
+
+
+def _may_go_on(error: PFKeyError | None) -> bool:
+    """Whether parts of a dump may still come: not when the kernel refused it, or never saw it."""
+    return not isinstance(error, (KernelError, ChannelClosed)) or getattr(error, "outcome_unknown", False)
 
 
 _PREFIXED = (ExtensionType.ADDRESS_SRC, ExtensionType.ADDRESS_DST)

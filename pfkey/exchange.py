@@ -25,7 +25,6 @@ __all__ = [
     "feed",
     "is_dump",
     "is_to_be_repeated",
-    "left_behind",
     "parts",
     "receive",
     "send",
@@ -69,11 +68,6 @@ def parts(dump: Request) -> Messages:
 def is_dump(message: Message) -> bool:
     """Whether its answer has many parts."""
     return message.type in DUMPS
-
-
-def left_behind(request: Request) -> bool:
-    """Whether parts of a dump may still come that nobody waits for: they must not be taken for those of the next."""
-    return request.error is not None or not request.done
 
 
 def is_to_be_repeated(dump: Request, channel: Channel) -> bool:

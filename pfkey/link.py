@@ -134,8 +134,9 @@ class Link(Shared):
             self._begin(waiter)
         with self._sending:
             failed = send(self.channel, requests)
-        with self._lock:
-            self._sent(waiter, failed)
+        if failed or self._room.floods:
+            with self._lock:
+                self._sent(waiter, failed)
         self._await(waiter)
 
     def send(self, message: Message) -> None:
@@ -160,15 +161,27 @@ class Link(Shared):
 
     def _drain(self, waiter: _Waiter) -> None:
         """Take what has arrived since: others' broadcasts would fill the buffer that our answers need."""
-        while self._lead is not waiter:
-            if not self._rest_of_dump or self._closed:
-                return  # whoever has the lead reads what there is
-            time.sleep(SLICE / 100)
+        if self._lead is waiter:  # else whoever has the lead reads what there is
+            while self._read(AT_ONCE, 0.0):
+                pass
+        if self.conversation.rest_of_dump:
+            self._await_rest(waiter)
+
+    def _await_rest(self, waiter: _Waiter) -> None:
+        """Until what is left of a dump given up is out of the way: it also fills the buffer that answers need."""
+        self._quiet = 0.0
+        while True:
             with self._lock:
-                if self._lead is None:
+                leads = self._lead is None or self._lead is waiter
+                if leads:
                     self._lead = waiter
-        while self._read(AT_ONCE, 0.0):
-            pass
+                # A read of somebody else's may have begun long before, so one that ends in vain proves nothing.
+                if self._rest_is_over(SLICE if leads else 2 * SLICE):
+                    return
+            if leads:
+                self._read(AT_ONCE, SLICE / 4)
+            else:
+                time.sleep(SLICE / 100)
 
     def _clear(self, waiter: _Waiter) -> None:
         """May be done again from the start, when it was interrupted."""
@@ -191,25 +204,27 @@ class Link(Shared):
 
     def _await(self, waiter: _Waiter) -> None:
         """Read, or let another one read, until it has what it waits for or is out of time."""
-        bell: threading.Lock | None = None
-        waiter.start_clock()
         while True:
-            with self._lock:
-                if waiter.done or self._closed:
-                    break
-                left = waiter.left
-                leads = self._lead is None or self._lead is waiter
-                if leads:
-                    self._lead = waiter
-                    self._followers.pop(waiter, None)
-                elif left > 0:
-                    self._followers[waiter] = None
-                    bell = waiter.bell()
+            leads = self._lead is waiter  # then nobody else changes what it waits for
+            if not leads:
+                with self._lock:
+                    if waiter.done or self._closed:
+                        break
+                    leads = self._lead is None
+                    if leads:
+                        self._lead = waiter
+                        self._followers.pop(waiter, None)
+                    else:
+                        self._followers[waiter] = None
+                        bell = waiter.bell()
+            elif waiter.done or self._closed:
+                break
+            left = waiter.left
             if left <= 0 and (not leads or waiter.ready is None):
                 break
             if leads:
                 try:
-                    found = self._read(self.limit, 0.0 if self._rest_of_dump else max(0.0, min(left, SLICE)))
+                    found = self._read(self.limit, max(0.0, min(left, SLICE)))
                 except ChannelClosed as error:
                     if waiter.ready is not None:
                         raise
@@ -217,7 +232,7 @@ class Link(Shared):
                     break
                 if left <= 0 and not found:
                     break
-            elif bell is not None:
+            else:
                 bell.acquire(timeout=-1 if waiter.timeout is None else left)
         if waiter.open:
             with self._lock:
@@ -226,16 +241,10 @@ class Link(Shared):
     def _read(self, limit: int, seconds: float) -> bool:
         """What whoever has the lead does: receive, and give what came to whom it belongs.  Whether anything came."""
         received = receive(self.channel, limit, seconds, dump=self._room.dumping)
-        if received is None:
-            self._losses += 1
+        if not self._take(received, seconds):
             return False
-        if not received:
-            if seconds == 0.0:
-                self._rest_of_dump = False
-            return False
-        self._arrived.extend(received)
         with self._lock:
-            self._deliver()
+            self._deliver(self._lead)
         return True
 
     # What nobody asked for.

@@ -149,10 +149,15 @@ def _put(book: Book, work: Work) -> Run[bool]:
 
 
 def _give_up(works: Sequence[Work], failed: Work) -> None:
-    """What was not sent yet stays where it is, in front."""
+    """What was not sent yet stays where it is, in front; for the next round when nothing went wrong but a guess."""
     error = failed.error
-    assert error is not None
     unsent = [work for work in works if not work.mover and work is not failed and not work.sent]
+    if error is None:  # the selector was taken: that is read first
+        for work in works:
+            work.postponed = work in unsent
+            if work is not failed:
+                work.step = Step.NOTHING
+        return
     if unsent:
         names = ", ".join(str(work.tracked) for work in unsent)
         say_more(error, f"it was to come behind {names}, which was left as it is")

@@ -104,7 +104,7 @@ def _rounds(book: Book, works: Sequence[Work]) -> Steps:
         pending = [work for work in [*pending, *others] if _needs_another(work) or (beside and _is_upset(book, work))]
         pending = [work for work in pending if not (work.mover and work.tracked in asked)]
         for work in pending:
-            work.existed = False
+            work.existed = work.postponed = False
         if not pending:
             break
     if beside and works:
@@ -135,7 +135,7 @@ def _needs_another(work: Work) -> bool:
     What is unknown for want of an answer is left to the next call, unless a guard stands for it.
     """
     tracked, error = work.tracked, work.error
-    if work.existed:
+    if work.existed or work.postponed:
         return True
     if error is None:
         return False

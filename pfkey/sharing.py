@@ -10,7 +10,7 @@ from .channel import Channel, in_flight
 from .channel import lost as lost_by
 from .codec import Message
 from .conversation import Conversation, Request, Watch
-from .exchange import closed, feed, left_behind, timed_out
+from .exchange import closed, feed, timed_out
 from .tables import Batch
 
 __all__ = ["AT_ONCE", "SLICE", "Room", "Shared", "Waiter"]
@@ -24,11 +24,13 @@ AT_ONCE = 64
 class Waiter:
     """Somebody who waits: for the answers to its requests, or until `ready` says so."""
 
-    __slots__ = ("deadline", "open", "ready", "requests", "seqs", "timeout")
+    __slots__ = ("deadline", "heard", "open", "ready", "requests", "seqs", "timeout")
 
     def __init__(self, timeout: float | None, ready: Callable[[], bool] | None = None) -> None:
         self.timeout = timeout
         self.deadline = 0.0
+        self.heard = True
+        """Something came for it: its clock starts again when it looks next."""
         self.ready = ready
         self.seqs: list[int] = []
         self.requests: list[Request] = []
@@ -37,13 +39,19 @@ class Waiter:
 
     def start_clock(self) -> None:
         """It waits `timeout` seconds from now."""
+        self.heard = False
         if self.timeout is not None:
             self.deadline = time.monotonic() + self.timeout
 
     @property
     def left(self) -> float:
         """How many seconds it still waits; some when it waits for ever."""
-        return SLICE if self.timeout is None else self.deadline - time.monotonic()
+        if self.timeout is None:
+            return SLICE
+        if self.heard:
+            self.start_clock()
+            return self.timeout
+        return self.deadline - time.monotonic()
 
     @property
     def done(self) -> bool:
@@ -77,6 +85,11 @@ class Room:
         self._unsent: dict[Waiter, None] = {}
         self._admitted: dict[Waiter, int] = {}
         self._dumper: Waiter | None = None
+
+    @property
+    def floods(self) -> bool:
+        """Whether it matters that somebody has not sent yet."""
+        return self._floods
 
     @property
     def dumping(self) -> bool:
@@ -148,8 +161,8 @@ class Shared:
         """Those who wait for no answer: readers of events, watchers."""
         self._arrived: deque[bytes | Batch] = deque()
         """Received, and not yet given to the conversation."""
-        self._rest_of_dump = False
-        """A dump was given up.  What is left of it must not be taken for parts of the next, and fills the buffer."""
+        self._quiet = 0.0
+        """For how many seconds those who read have waited in vain, since anything came."""
         self._closed = ""
         self._losses = 0
 
@@ -190,9 +203,9 @@ class Shared:
         if failed:
             waiter.open.difference_update(failed)
 
-    def _deliver(self) -> None:
-        """Give what arrived to whom it belongs, and wake those who have what they waited for."""
-        arrived, more_room = self._arrived, False
+    def _deliver(self, reader: Waiter | None = None) -> None:
+        """Give what arrived to whom it belongs, and wake those who have what they waited for; `reader` is awake."""
+        arrived, more_room, last = self._arrived, False, None
         while arrived:
             try:
                 touched = feed(self.conversation, arrived[0])
@@ -203,7 +216,11 @@ class Shared:
                 waiter = request.owner
                 if not isinstance(waiter, Waiter):
                     continue
-                waiter.start_clock()
+                if waiter is reader:
+                    waiter.heard = True  # it looks at the clock next
+                elif waiter is not last:
+                    waiter.start_clock()
+                    last = waiter
                 if request.done:
                     waiter.open.discard(request)
                     self._room.keep(waiter, len(waiter.open))
@@ -227,6 +244,27 @@ class Shared:
             for waiter in self._room.next:
                 waiter.ring()
 
+    def _take(self, received: list[bytes | Batch] | None, seconds: float) -> bool:
+        """Keep what was received, after waiting up to so many seconds; whether it was anything."""
+        if received is None:
+            self._losses += 1
+            return False
+        if not received:
+            self._quiet += seconds
+            return False
+        self._arrived.extend(received)
+        self._quiet = 0.0
+        return True
+
+    def _rest_is_over(self, seconds: float) -> bool:
+        """Whether what is left of a dump that was given up has come, or will not: nothing came for so long.
+
+        An end may be lost (FreeBSD drops what does not fit), and a channel to a remote kernel may take a while.
+        """
+        if self._quiet >= seconds:
+            self.conversation.rest_of_dump = False
+        return not self.conversation.rest_of_dump or bool(self._closed)
+
     def _give_up(self, waiter: Waiter) -> None:
         """It is out of time, or the channel closed."""
         if self._closed:
@@ -238,9 +276,8 @@ class Shared:
     def _dismiss(self, waiter: Waiter) -> None:
         """It waits no more.  May be done twice."""
         for request in waiter.requests:
-            if request.dump and left_behind(request):
-                self._rest_of_dump = True
             self.conversation.end(request)
+            request.owner = None  # they point at each other, and a dump may be large and hold keys
         self._listeners.pop(waiter, None)
         self._room.leave(waiter)
         self._call_in()

@@ -16,7 +16,7 @@ from .abi import Abi
 from .assignment import Assignment, implied_priority, narrowness, priority_of
 from .constants import Action, Direction, Level, Mode
 from .errors import NotSupported, NotTracked
-from .messages import IPAddress, Lifetime, Policy, Selector, Template
+from .messages import IPAddress, Lifetime, Policy, PolicyExtension, Selector, Template
 
 __all__ = [
     "Assignment",
@@ -108,7 +108,7 @@ def keep_requests(assignment: Assignment, requests: tuple[Request, ...], abi: Ab
         object.__setattr__(assignment, "_content_abi", abi)
 
 
-def image_of_policy(policy: Policy, abi: Abi) -> Image:
+def image_of_policy(policy: Policy | PolicyExtension, abi: Abi) -> Image:
     """The image of a policy that was read from a kernel, or is about to be sent to one."""
     return image_of(policy.action, policy.templates, policy.priority, abi)
 

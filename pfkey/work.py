@@ -181,6 +181,8 @@ class Work:
     """What somebody else had in its place, which was to become ours."""
     existed: bool = False
     """The kernel said that the selector is taken."""
+    postponed: bool = False
+    """Nothing was wrong with it, but with another one: it is its turn in the next round."""
     was_read: bool = False
     sent: list[MessageType] = field(default_factory=list)
     guards: list[MessageType] = field(default_factory=list)
@@ -260,14 +262,14 @@ def start(book: Book, work: Work) -> Message:
 def take(book: Book, work: Work, reply: Message | PFKeyError) -> None:
     """What the answer to it says of the kernel."""
     if not isinstance(reply, PFKeyError):
-        _acknowledged(book, work, policy_from(reply))
+        _acknowledged(book, work, reply.policy or policy_from(reply))
     elif uncertain(reply):
         work.fail(reply)
     else:
         _rejected(book, work, reply)
 
 
-def _acknowledged(book: Book, work: Work, echo: Policy) -> None:
+def _acknowledged(book: Book, work: Work, echo: PolicyExtension | Policy) -> None:
     """The reply is the proof: what it echoes is compared with what was asked."""
     tracked, asked = work.tracked, work.image
     assert asked is not None

@@ -385,7 +385,7 @@ def test_the_grace_period_and_the_host_lock(monkeypatch: pytest.MonkeyPatch) -> 
             await kernel.grace_period()
             asked: list[int] = []
             channel.grace_period = lambda: asked.append(1)
-            channel.host_lock = "/somewhere"
+            monkeypatch.setattr(type(channel), "host_lock", "/somewhere")
             await kernel.grace_period()
             assert (asked, kernel.host_lock) == ([1], "/somewhere")
 

@@ -208,6 +208,31 @@ def test_a_dump_that_is_refused(number: int, name: str) -> None:
     assert request.error.name == name
 
 
+@pytest.mark.parametrize(("abi", "seqs"), [(LINUX, UP), (FREEBSD, DOWN)], ids=str)
+def test_the_rest_of_a_dump_given_up_ends_with_its_last_part(abi: Abi, seqs: list[int]) -> None:
+    talk = conversation(abi)
+    request = ask(talk, Message(M.SPDDUMP, abi=abi))
+    for seq in seqs[:2]:
+        hear(talk, about(M.SPDDUMP, abi=abi), seq=seq, pid=PID)
+    assert not talk.rest_of_dump
+    talk.end(request)
+    for seq in seqs[2:]:
+        assert talk.rest_of_dump
+        hear(talk, about(M.SPDDUMP, abi=abi), seq=seq, pid=PID)
+    assert not talk.rest_of_dump
+    assert talk.take_events() == []
+
+
+def test_a_whole_dump_and_a_refused_one_leave_no_rest() -> None:
+    for errno in (0, 2, 16):
+        talk = conversation()
+        request = ask(talk, Message(M.SPDDUMP, abi=LINUX))
+        hear(talk, about(M.SPDDUMP), seq=0, pid=PID, errno=errno)
+        assert request.done
+        talk.end(request)
+        assert not talk.rest_of_dump
+
+
 def test_broadcasts_between_the_parts_are_events() -> None:
     talk = conversation()
     request = ask(talk, Message(M.SPDDUMP, abi=LINUX))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 import signal
 import threading
@@ -28,6 +29,7 @@ from pfkey import (
     Selector,
     connect,
 )
+from pfkey.conversation import Request
 from pfkey.sharing import Room, Waiter
 from pfkey.typed import policy_from, policy_message
 
@@ -295,6 +297,22 @@ def test_threads_may_dump_at_once(kernel: Kernel) -> None:
         return [len(kernel.dump_policies()) + len(kernel.dump_sas()) for _ in range(20)]
 
     assert [call.outcome() for call in [in_thread(dump) for _ in range(4)]] == [[40] * 20] * 4
+
+
+def test_nothing_of_a_call_outlives_it(embedded: EmbeddedKernel) -> None:
+    """Neither its dump, which may be large and hold keys, nor its messages wait for the garbage collector."""
+    with connect(embedded.connect()) as kernel:
+        gc.collect()
+        gc.disable()
+        try:
+            kernel.add_policy(discard(site(1)))
+            with pytest.raises(FileExistsError):
+                kernel.add_policy(discard(site(1)))
+            assert len(kernel.dump_policies()) == 1
+            list(kernel.events(timeout=0))
+            assert [one for one in gc.get_objects() if isinstance(one, (Request, Waiter))] == []
+        finally:
+            gc.enable()
 
 
 class Gated(Holding):

@@ -21,6 +21,7 @@ from pfkey import (
     ReplyTimeout,
     Selector,
     Template,
+    TransactionError,
     connect,
 )
 from pfkey.embedded.profiles import PROFILE_NAMES
@@ -263,3 +264,22 @@ def test_a_dump_that_never_comes_whole_is_not_waited_for_at_every_call() -> None
     dumps = [message.type for message in rig.channel.sent].count(MessageType.SPDDUMP)
     assert dumps == 1
     assert len([policy for policy in rig.held() if policy.selector.identity == SITE.identity]) == 1
+
+
+@pytest.mark.parametrize("profile", ["freebsd-10", "netbsd", "macos"])
+def test_a_selector_that_turns_out_to_be_taken_does_not_stop_a_move(profile: str) -> None:
+    """Two policies that have to come in order, and somebody has the selector of the first."""
+    rig = Rig(profile)
+    wider, narrower = Selector("10.0.0.0/8", "10.0.0.0/8"), SITE
+    rig.tracker.add(OUT, wider, X)
+    rig.other.add_policy(Policy(OUT, narrower, Action.DISCARD))
+    with pytest.raises(ForeignPolicy):
+        rig.tracker.add(OUT, narrower, X)
+    with pytest.raises(TransactionError) as raised, rig.tracker.transaction():
+        rig.tracker.add(OUT, narrower, X)
+        rig.tracker.replace(OUT, wider, X, MOVED)
+    assert list(raised.value.errors) == [f"out {narrower}"]
+    held = {str(policy.selector): policy for policy in rig.held()}
+    assert held[str(wider)].templates == MOVED.templates
+    assert held[str(narrower)].action == Action.DISCARD
+    assert len(held) == 2
