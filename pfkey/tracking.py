@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from .abi import Abi
@@ -277,16 +277,28 @@ class Tracking:
                 yield tracked
 
     def _let_go(self, tracked: TrackedPolicy) -> None:
-        tracked.busy = None
-        self.book.close(tracked)
-        self.released = True
+        self._release((tracked,))
 
     def _end(self, transaction: Transaction) -> None:
-        for tracked in transaction:
+        transaction.over = True
+        self._release(transaction)
+
+    def _release(self, held: Iterable[TrackedPolicy]) -> None:
+        """Let go of all; an interrupt (Ctrl-C) meanwhile comes afterwards, or others would wait for the rest for ever.
+
+        Nobody else looks before it is done, so that it can be begun again.
+        """
+        try:
+            self._release_each(held)
+        except KeyboardInterrupt:
+            self._release_each(held)
+            raise
+
+    def _release_each(self, held: Iterable[TrackedPolicy]) -> None:
+        self.released = True
+        for tracked in held:
             tracked.busy = None
             self.book.close(tracked)
-        transaction.over = True
-        self.released = True
 
     def must_be_free(self, me: object, what: str) -> None:
         """Raise when `me` is in a transaction, whose end a call of this kind would wait for."""
