@@ -75,6 +75,9 @@ class AsyncPolicyTracker:
         self._lock_path = lock
         self._lock_timeout = lock_timeout
         self._timer: asyncio.Task[None] | None = None
+        self._timer_due = 0.0
+        self._ending: asyncio.Task[None] | None = None
+        """Deletes at the moment what has lingered long enough: a timer is set again afterwards."""
         self._written = 0
         """How many changes the kernel acknowledged."""
 
@@ -304,19 +307,26 @@ class AsyncPolicyTracker:
 
     def _set_timer(self) -> None:
         """See to it that what lingers is deleted in time."""
-        if self._timer is not None and self._timer is not asyncio.current_task():
-            self._timer.cancel()
-        self._timer = None
         due = self._tracking.next_end()
+        if self._ending is not None or (self._timer is not None and due == self._timer_due):
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if due is not None:
             self._timer = asyncio.get_running_loop().create_task(self._end_lingering(due))
+            self._timer_due = due
 
     async def _end_lingering(self, due: float) -> None:
         await asyncio.sleep(max(0.0, due - time.monotonic()))
+        self._ending, self._timer = self._timer, None  # what is under way must not be cancelled for a later end
         try:
             await self._run(self._tracking.end_lingering(time.monotonic()))
         except PFKeyError:
-            log.exception("policies that nobody uses any more could not be deleted")
+            log.exception("policies that nobody uses any more could not be deleted; it is tried again")
+        finally:
+            self._ending = None
+        self._set_timer()
 
 
 class AsyncWatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -69,6 +70,8 @@ class Book:
         """Such guards that had to stay: they still hold the place of a policy that is not there."""
         self.former: dict[tuple[int, tuple[int, ...]], Installed] = {}
         """What the kernel held at the start that is ours by its tag, or may be adopted; until somebody asks for it."""
+        self.lingering: OrderedDict[TrackedPolicy, None] = OrderedDict()
+        """What nobody uses any more and may be waited for, first who has to go first; some are used again."""
         self._lent: dict[TrackedPolicy, tuple[list[Policy], Installed | None]] = {}
         """What policies were given of those two that nobody has come to use yet."""
         self._requests: dict[bytes, tuple[Request, ...]] = {}

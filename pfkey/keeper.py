@@ -106,6 +106,9 @@ class PolicyTracker:
         self._lock_path = lock
         self._lock_timeout = lock_timeout
         self._timer: threading.Timer | None = None
+        self._timer_due = 0.0
+        self._ending = False
+        """Policies that have lingered long enough are being deleted: a timer is set again afterwards."""
         self._written = 0
         """How many changes the kernel acknowledged."""
 
@@ -387,20 +390,30 @@ class PolicyTracker:
 
     def _set_timer(self) -> None:
         """See to it that what lingers is deleted in time; the lock is held."""
+        due = self._tracking.next_end()
+        if self._ending or (self._timer is not None and due == self._timer_due):
+            return
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        due = self._tracking.next_end()
         if due is not None:
-            self._timer = threading.Timer(max(0.0, due - time.monotonic()), self._linger_is_over)
+            self._timer, self._timer_due = threading.Timer(max(0.0, due - time.monotonic()), self._linger_is_over), due
             self._timer.daemon = True
             self._timer.start()
 
     def _linger_is_over(self) -> None:
+        with self._lock:
+            if self._ending or threading.current_thread() is not self._timer:
+                return  # it was cancelled a moment too late
+            self._ending, self._timer = True, None
         try:
             self._run(self._tracking.end_lingering(time.monotonic()))
         except Exception:
-            log.exception("policies that nobody uses any more could not be deleted")
+            log.exception("policies that nobody uses any more could not be deleted; it is tried again")
+        finally:
+            with self._lock:
+                self._ending = False
+                self._set_timer()
 
 
 GRACE_SECONDS = 0.02

@@ -54,14 +54,17 @@ def recover(book: Book, waiting: Collection[TrackedPolicy]) -> Steps:
 def take_stock(book: Book, rows: Rows, waiting: Collection[TrackedPolicy] = ()) -> Steps:
     """Look through all policies that there are: for guards that were left behind, and for what is ours."""
     book.recovered = True
-    is_changed = yield from see_to_guards(book, rows)
-    if is_changed:
-        try:
-            rows = yield from dump(book)
-        except (PFKeyError, OSError) as error:
-            log.warning("policies of a former process are not known: %s", error)
-            return
-    _note_former(book, rows, waiting)
+    try:
+        if (yield from see_to_guards(book, rows)):
+            try:
+                rows = yield from dump(book)
+            except (PFKeyError, OSError) as error:
+                log.warning("policies of a former process are not known: %s", error)
+                return
+        _note_former(book, rows, waiting)
+    except BaseException:  # Ctrl-C, a cancelled task: nobody knows how far it came
+        book.recovered = False
+        raise
 
 
 def _note_former(book: Book, rows: Rows, waiting: Collection[TrackedPolicy]) -> None:

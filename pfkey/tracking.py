@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from .abi import Abi
@@ -22,7 +22,7 @@ from .messages import Policy, Selector
 from .resync import Difference, resync, sweep
 from .settle import settle
 from .tracker import State, TrackedPolicy
-from .uses import POSTPONED, Transaction, change_of, close_error, shift, state_text
+from .uses import POSTPONED, Transaction, change_of, close_error, let_linger, lingers_until, shift, state_text
 from .watch import concerned, heal
 from .work import IDLE, Change, Run, Steps, Work, get, is_entry, read
 
@@ -200,30 +200,42 @@ class Tracking:
             self._end(mine)
 
     def end_lingering(self, now: float | None) -> Steps:
-        """Delete what has lingered long enough; with None all that lingers."""
+        """Delete what has lingered long enough (monotonic seconds); with None all that lingers.
+
+        What could not be deleted lingers once more, for no other call may come for it.
+        """
         mine = Transaction(sweep=False)
         works: list[Work] = []
         try:
-            for tracked in self._lingering():
-                yield from self._seize(tracked, mine)
-                troubles = tracked.troubles
-                if troubles is None or troubles.lingers_until is None or len(tracked):
+            for tracked in list(self.book.lingering):
+                end = lingers_until(tracked)
+                if end is None or (now is not None and end > now):
                     continue
-                if now is None or troubles.lingers_until <= now:
-                    troubles.lingers_until = None
-                    works.append(Work(tracked))
+                yield from self._seize(tracked, mine)
+                end = lingers_until(tracked)
+                if end is None or len(tracked) or tracked.troubles is None or (now is not None and end > now):
+                    continue
+                tracked.troubles.lingers_until = None
+                works.append(Work(tracked))
             if works:
                 yield from settle(self.book, works)
             close_error(works, "could not be deleted after lingering")
         finally:
+            for work in works:
+                if now is not None and not len(work.tracked) and not work.tracked.holds_top():
+                    let_linger(self.book, work.tracked)
             self._end(mine)
 
     def next_end(self) -> float | None:
         """When the first of those that linger has to go (monotonic seconds); None when none does."""
-        if not self.book.settings.linger:
-            return None
-        ends = (tracked.troubles.lingers_until for tracked in self._lingering() if tracked.troubles is not None)
-        return min((end for end in ends if end is not None), default=None)
+        waiting = self.book.lingering
+        while waiting:
+            tracked = next(iter(waiting))
+            end = lingers_until(tracked)
+            if end is not None:
+                return end
+            del waiting[tracked]  # it is used again, or has gone
+        return None
 
     # Looking.
 
@@ -270,11 +282,6 @@ class Tracking:
             if self.book.get(tracked.direction, tracked.selector) is tracked:  # it may have ended meanwhile
                 tracked.busy = holder
                 holder.hold(tracked)
-
-    def _lingering(self) -> Iterator[TrackedPolicy]:
-        for tracked in self.book:
-            if tracked.troubles is not None and tracked.troubles.lingers_until is not None:
-                yield tracked
 
     def _let_go(self, tracked: TrackedPolicy) -> None:
         self._release((tracked,))

@@ -15,7 +15,18 @@ from .messages import Selector
 from .tracker import State, TrackedPolicy, Troubles, Undo, image_text
 from .work import LINGERS, UNCHANGED, UNUSED, Change, Work
 
-__all__ = ["POSTPONED", "Transaction", "change_of", "check", "close_error", "shift", "state_text", "tunnel_calls"]
+__all__ = [
+    "POSTPONED",
+    "Transaction",
+    "change_of",
+    "check",
+    "close_error",
+    "let_linger",
+    "lingers_until",
+    "shift",
+    "state_text",
+    "tunnel_calls",
+]
 
 _SILENT = Change(reason=UNCHANGED)
 _SPARED = Change(avoided=(MessageType.SPDUPDATE,), reason=UNCHANGED)
@@ -72,11 +83,23 @@ def change_of(book: Book, tracked: TrackedPolicy, top: Assignment | None) -> Cha
     if installed.state is State.ABSENT:
         return _UNUSED
     if installed.state is State.OURS and book.settings.linger > 0:
-        if tracked.troubles is None:
-            tracked.troubles = Troubles()
-        tracked.troubles.lingers_until = time.monotonic() + book.settings.linger
+        let_linger(book, tracked)
         return _LINGERING
     return None
+
+
+def let_linger(book: Book, tracked: TrackedPolicy) -> None:
+    """Keep it for a while, although nobody uses it."""
+    if tracked.troubles is None:
+        tracked.troubles = Troubles()
+    tracked.troubles.lingers_until = time.monotonic() + book.settings.linger
+    book.lingering[tracked] = None
+    book.lingering.move_to_end(tracked)
+
+
+def lingers_until(tracked: TrackedPolicy) -> float | None:
+    """When it has to go (monotonic seconds); None when it does not linger."""
+    return None if tracked.troubles is None else tracked.troubles.lingers_until
 
 
 def _is_over(tracked: TrackedPolicy, troubles: Troubles, now: Assignment | None) -> bool:

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from rig import DROP, ESP, MOVED, OUT, REKEYED, Rig
+from faulty import interrupts, rejects
+from rig import DROP, ESP, MOVED, OUT, REKEYED, KilledError, Rig
+from scenarios import DEL
 
-from pfkey import Abi, Change, EmbeddedKernel, Policy, PolicyTracker, Selector, connect
+from pfkey import (
+    Abi,
+    AsyncKernel,
+    AsyncPolicyTracker,
+    Change,
+    EmbeddedKernel,
+    MessageType,
+    Policy,
+    PolicyTracker,
+    Selector,
+    connect,
+)
+from pfkey.book import Book
+from pfkey.hostlock import writer_lock
 from pfkey.tracker import TrackedPolicy
 
 SITE = Selector("10.1.0.0/16", "10.2.0.0/16")
@@ -66,13 +85,13 @@ def test_an_interrupt_while_a_transaction_lets_go_of_its_policies_leaves_none_be
         left[0] -= 1
         close(tracked)
 
-    with pytest.raises(KeyboardInterrupt if inside == "at the end" else (KeyboardInterrupt, ZeroDivisionError)):
-        with rig.tracker.transaction():
-            for third in range(4):
-                rig.tracker.add(OUT, Selector(f"10.{third}.0.0/16", "10.9.0.0/16"), ESP)
-            monkeypatch.setattr(rig.tracker._tracking.book, "close", interrupted)
-            if inside == "at a rollback":
-                raise ZeroDivisionError
+    error = KeyboardInterrupt if inside == "at the end" else (KeyboardInterrupt, ZeroDivisionError)
+    with pytest.raises(error), rig.tracker.transaction():
+        for third in range(4):
+            rig.tracker.add(OUT, Selector(f"10.{third}.0.0/16", "10.9.0.0/16"), ESP)
+        monkeypatch.setattr(rig.tracker._tracking.book, "close", interrupted)
+        if inside == "at a rollback":
+            raise ZeroDivisionError
     monkeypatch.undo()
     done: list[Change] = []
     selector = Selector("10.2.0.0/16", "10.9.0.0/16")
@@ -82,3 +101,82 @@ def test_an_interrupt_while_a_transaction_lets_go_of_its_policies_leaves_none_be
     assert done, "a policy was not let go"
     rig.tracker.flush()
     rig.agrees()
+
+
+# What lingers.
+
+
+def test_what_lingers_costs_neither_a_timer_nor_a_look_at_all_policies_for_each_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[float] = []
+
+    class Timer(threading.Timer):
+        def __init__(self, seconds: float, call: Callable[[], None]) -> None:
+            made.append(seconds)
+            super().__init__(seconds, call)
+
+    rig = Rig("linux", linger=60)
+    selectors = [Selector(f"10.{third}.0.0/16", "10.200.0.0/16") for third in range(100)]
+    for selector in selectors:
+        rig.tracker.add(OUT, selector, ESP)
+    monkeypatch.setattr(threading, "Timer", Timer)
+    monkeypatch.setattr(Book, "__iter__", None)
+    for selector in selectors:
+        assert rig.tracker.remove(OUT, selector, ESP).sent == ()
+    assert len(made) == 1
+    monkeypatch.undo()
+    rig.tracker.close()
+    rig.agrees()
+
+
+def test_what_has_lingered_and_could_not_be_deleted_is_tried_again() -> None:
+    rig = Rig("linux", linger=0.05)
+    rig.tracker.add(OUT, SITE, ESP)
+    rig.fault(DEL, rejects("ENOBUFS"))
+    rig.tracker.remove(OUT, SITE, ESP)
+    until = time.monotonic() + 20
+    while rig.entries() and time.monotonic() < until:
+        time.sleep(0.01)
+    rig.agrees()
+    assert rig.told().count((DEL, str(SITE))) == 2
+
+
+def test_the_end_of_one_that_lingers_is_not_cancelled_by_another_that_begins_to(tmp_path: Path) -> None:
+    elsewhere = Selector("10.3.0.0/16", "10.4.0.0/16")
+
+    async def main() -> None:
+        embedded, path = EmbeddedKernel("freebsd-13"), str(tmp_path / "lock")
+        async with AsyncKernel.connect(embedded.connect()) as kernel:
+            tracker = AsyncPolicyTracker(kernel, linger=0.2, lock=path)
+            await tracker.add(OUT, SITE, ESP)
+            await tracker.add(OUT, elsewhere, ESP)
+            await tracker.remove(OUT, SITE, ESP)
+            lock = writer_lock(path)
+            assert lock.try_to_take()  # the end comes, and waits for somebody else to have written
+            while tracker._ending is None:
+                await asyncio.sleep(0.01)
+            await tracker.remove(OUT, elsewhere, ESP)
+            lock.release()
+            async with asyncio.timeout(20):
+                while embedded.policies():
+                    await asyncio.sleep(0.01)
+            assert tracker.policies() == ()
+            await tracker.close()
+
+    asyncio.run(main())
+
+
+def test_a_search_for_a_former_life_that_was_interrupted_is_begun_again() -> None:
+    rig = Rig("freebsd-13", owner="d")
+    rig.tracker.add(OUT, SITE, ESP)
+    rig.channel.lives = 2  # the alias, the update
+    with pytest.raises(KilledError):
+        rig.tracker.replace(OUT, SITE, ESP, MOVED)
+    assert rig.guards()
+    tracker = rig.restart(owner="d")
+    rig.fault(MessageType.SPDGET, interrupts)
+    with pytest.raises(KeyboardInterrupt):
+        tracker.add(OUT, Selector("10.3.0.0/16", "10.4.0.0/16"), ESP)
+    tracker.add(OUT, SITE, MOVED)
+    assert rig.guards() == []
