@@ -15,7 +15,7 @@ from .abi import Abi
 from .assignment import Assignment
 from .book import Book, Settings
 from .codec import Message
-from .constants import Direction
+from .constants import Action, Direction
 from .errors import NotTracked, PFKeyError
 from .explain import Explanation, explain
 from .messages import Policy, Selector
@@ -55,7 +55,7 @@ class Tracking:
         """A call that the kernel need not hear of; None, and nothing was changed, when it takes a run."""
         book = self.book
         tracked = book.get(direction, selector)
-        if tracked is None or tracked.busy is not None:
+        if tracked is None or tracked.busy is not None or selector.icmp_type == 0:
             return None
         top = tracked.top
         steps = shift(book, tracked, old, new)
@@ -72,6 +72,8 @@ class Tracking:
     ) -> Run[Change]:
         """Take `old` out of a policy's list, put `new` in, and follow the table; or note it for a transaction's end."""
         book, transaction = self.book, self.transactions.get(me)
+        if selector.icmp_type == 0:  # it has the identity of another one: any type
+            book.check_policy(Policy(direction, selector, Action.NONE))
         tracked = yield from self._open(direction, selector, transaction)
         if transaction is not None:
             try:

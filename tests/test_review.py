@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from faulty import interrupts, rejects
-from rig import DROP, ESP, MOVED, OUT, REKEYED, KilledError, Rig
+from rig import ALL, DROP, ESP, MOVED, OUT, REKEYED, KilledError, Rig
 from scenarios import DEL
 
 from pfkey import (
@@ -20,6 +20,7 @@ from pfkey import (
     Change,
     EmbeddedKernel,
     MessageType,
+    NotSupported,
     Policy,
     PolicyTracker,
     Selector,
@@ -180,3 +181,22 @@ def test_a_search_for_a_former_life_that_was_interrupted_is_begun_again() -> Non
         tracker.add(OUT, Selector("10.3.0.0/16", "10.4.0.0/16"), ESP)
     tracker.add(OUT, SITE, MOVED)
     assert rig.guards() == []
+
+
+@pytest.mark.parametrize("profile", ALL)
+@pytest.mark.parametrize("code", [None, 0, 3])
+def test_icmp_type_zero_is_refused_and_not_taken_for_any_type(profile: str, code: int | None) -> None:
+    rig = Rig(profile)
+    echo_reply = Selector("10.1.0.0/16", "10.2.0.0/16", protocol="icmp", icmp_type=0, icmp_code=code)
+    with pytest.raises(NotSupported, match="any type"):
+        rig.tracker.add(OUT, echo_reply, ESP)
+    assert rig.entries() == []
+    every = Selector("10.1.0.0/16", "10.2.0.0/16", protocol="icmp")
+    rig.tracker.add(OUT, every, ESP)
+    for call in (rig.tracker.add, rig.tracker.remove):
+        with pytest.raises(NotSupported, match="any type"):
+            call(OUT, echo_reply, ESP)
+    with pytest.raises(NotSupported, match="any type"), rig.tracker.transaction():
+        rig.tracker.replace(OUT, echo_reply, ESP, MOVED)
+    assert rig.tracker.assignments(OUT, every) == (ESP,)
+    rig.agrees()
