@@ -200,3 +200,16 @@ def test_icmp_type_zero_is_refused_and_not_taken_for_any_type(profile: str, code
         rig.tracker.replace(OUT, echo_reply, ESP, MOVED)
     assert rig.tracker.assignments(OUT, every) == (ESP,)
     rig.agrees()
+
+
+@pytest.mark.parametrize("profile", ALL)
+def test_one_can_wait_for_ever_for_what_an_embedded_kernel_with_tagged_policies_says(profile: str) -> None:
+    rig = Rig(profile)
+    rig.tracker.add(OUT, SITE, ESP)
+    listener, heard = rig.embedded.connect(), list[bytes | None]()
+    thread = threading.Thread(target=lambda: heard.append(listener.receive(None)), daemon=True)
+    thread.start()
+    time.sleep(0.05)
+    rig.tracker.replace(OUT, SITE, ESP, MOVED)
+    thread.join(10)
+    assert len(heard) == 1
