@@ -21,6 +21,7 @@ from pfkey import (
     EmbeddedKernel,
     MessageType,
     NotSupported,
+    PFKeyError,
     Policy,
     PolicyTracker,
     Selector,
@@ -213,3 +214,40 @@ def test_one_can_wait_for_ever_for_what_an_embedded_kernel_with_tagged_policies_
     rig.tracker.replace(OUT, SITE, ESP, MOVED)
     thread.join(10)
     assert len(heard) == 1
+
+
+def test_what_a_transaction_starts_belongs_to_it() -> None:
+    selectors = [Selector(f"10.{third}.0.0/16", "10.200.0.0/16") for third in range(3)]
+
+    async def main() -> None:
+        embedded, another = EmbeddedKernel("linux"), EmbeddedKernel("freebsd-13")
+        async with AsyncKernel.connect(embedded.connect()) as kernel, AsyncKernel.connect(another.connect()) as second:
+            tracker, beside = AsyncPolicyTracker(kernel), AsyncPolicyTracker(second)
+            with pytest.raises(ZeroDivisionError):
+                async with tracker.transaction(), beside.transaction():
+                    await asyncio.gather(*(tracker.add(OUT, selector, ESP) for selector in selectors))
+                    await asyncio.wait_for(tracker.replace(OUT, selectors[0], ESP, MOVED), 5)
+                    await asyncio.wait_for(beside.add(OUT, SITE, ESP), 5)
+                    with pytest.raises(PFKeyError, match="within a transaction"):
+                        await asyncio.wait_for(tracker.flush(), 5)
+                    raise ZeroDivisionError
+            assert (tracker.policies(), beside.policies(), embedded.policies(), another.policies()) == ((), (), [], [])
+            later = asyncio.Event()
+
+            async def outlives() -> Change:
+                await later.wait()
+                async with tracker.transaction() as transaction:
+                    await tracker.add(OUT, SITE, ESP)
+                assert len(transaction) == 1
+                return await tracker.add(OUT, SITE, MOVED)
+
+            async with tracker.transaction() as transaction:
+                await asyncio.gather(*(tracker.add(OUT, selector, ESP) for selector in selectors))
+                tasks = [asyncio.create_task(outlives()) for _ in range(2)]
+                assert embedded.policies() == []
+            assert len(transaction) == len(embedded.policies()) == 3
+            later.set()
+            changes = await asyncio.wait_for(asyncio.gather(*tasks), 10)
+            assert max(change.sent for change in changes) == (MessageType.SPDUPDATE,)
+
+    asyncio.run(main())
