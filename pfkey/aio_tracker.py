@@ -166,9 +166,15 @@ class AsyncPolicyTracker:
         Calls of tasks that are started within belong to it too, those of asyncio.gather() and wait_for() for example.
         """
         tracking, before = self._tracking, _SCOPE.get()
-        outer = tracking.join(self._me, is_sweep=sweep)
+        outer = tracking.join(self._me)
         if outer is not None:
-            yield outer
+            mark = outer.mark
+            outer.sweep |= sweep
+            try:
+                yield outer
+            except BaseException:
+                outer.back_to(mark)
+                raise
             return
         async with self._in_order:
             me = object()

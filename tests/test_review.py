@@ -21,6 +21,7 @@ from pfkey import (
     EmbeddedKernel,
     MessageType,
     NotSupported,
+    NotTracked,
     PFKeyError,
     Policy,
     PolicyTracker,
@@ -251,3 +252,27 @@ def test_what_a_transaction_starts_belongs_to_it() -> None:
             assert max(change.sent for change in changes) == (MessageType.SPDUPDATE,)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("profile", ["linux", "freebsd-13"])
+def test_a_transaction_within_another_that_fails_takes_back_its_own_part(profile: str) -> None:
+    rig = Rig(profile, owner="d")
+    elsewhere, third = Selector("10.3.0.0/16", "10.4.0.0/16"), Selector("10.5.0.0/16", "10.6.0.0/16")
+    rig.tracker.add(OUT, SITE, ESP)
+    rig.tracker.add(OUT, third, ESP)
+    former = rig.restart(owner="d")
+    former.add(OUT, SITE, ESP)
+    with rig.counting() as sent, former.transaction() as transaction:
+        former.replace(OUT, SITE, ESP, REKEYED)
+        with pytest.raises(ZeroDivisionError), former.transaction(sweep=True):
+            former.add(OUT, SITE, DROP)
+            former.remove(OUT, SITE, REKEYED)
+            former.add(OUT, elsewhere, ESP)
+            raise ZeroDivisionError
+        with pytest.raises(NotTracked):
+            former.replace_tunnel(SITE, REKEYED, MOVED)  # it has no other direction
+    assert sent == []
+    assert former.assignments(OUT, SITE) == (REKEYED,)
+    assert {selector for _, selector in former.policies()} == {SITE}
+    assert [str(selector) for _, selector in transaction.changes] != []
+    assert rig.held(third) is not None  # nobody asked for a sweep in the end
