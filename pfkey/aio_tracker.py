@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, Protocol, Self, TypeVar
 
 from .abi import Abi
@@ -34,6 +36,10 @@ T = TypeVar("T")
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 _KEPT = 1000
+
+
+_SCOPE: ContextVar[Mapping[int, object]] = ContextVar("pfkey transactions", default=MappingProxyType({}))
+"""Which transaction of a tracker the code that runs belongs to; tasks have those of who started them."""
 
 
 class AsyncPolicyKernel(Protocol):
@@ -155,26 +161,38 @@ class AsyncPolicyTracker:
 
     @asynccontextmanager
     async def transaction(self, *, sweep: bool = False) -> AsyncIterator[Transaction]:
-        """Within `async with`, calls of this task change lists alone; the kernel hears of each policy at the end."""
-        me, tracking = asyncio.current_task(), self._tracking
-        outer = tracking.join(me, is_sweep=sweep)
+        """Within `async with`, calls change lists alone; the kernel hears of each policy at the end.
+
+        Calls of tasks that are started within belong to it too, those of asyncio.gather() and wait_for() for example.
+        """
+        tracking, before = self._tracking, _SCOPE.get()
+        outer = tracking.join(self._me)
         if outer is not None:
-            yield outer
+            mark = outer.mark
+            outer.sweep |= sweep
+            try:
+                yield outer
+            except BaseException:
+                outer.back_to(mark)
+                raise
             return
         async with self._in_order:
+            me = object()
             transaction = tracking.begin(me, is_sweep=sweep)
+            _SCOPE.set({**before, id(self): me})
             try:
                 yield transaction
             except BaseException:
                 tracking.roll_back(me)
                 self._tell_idle()
                 raise
+            finally:
+                _SCOPE.set(before)
             await self._run(tracking.commit(me))
 
     async def flush(self) -> tuple[Change, ...]:
         """Forget all assignments and delete this tracker's policies, one by one."""
-        me = asyncio.current_task()
-        self._tracking.must_be_free(me, "flush()")
+        self._tracking.must_be_free(self._me, "flush()")
         async with self._in_order:
             return await self._run(self._tracking.flush())
 
@@ -182,8 +200,7 @@ class AsyncPolicyTracker:
 
     async def resync(self) -> tuple[Difference, ...]:
         """Read all policies, compare them with what should be there, and put right what differs."""
-        me = asyncio.current_task()
-        self._tracking.must_be_free(me, "resync()")
+        self._tracking.must_be_free(self._me, "resync()")
         return await self._resync(by_hand=True)
 
     async def _resync(self, *, by_hand: bool) -> tuple[Difference, ...]:
@@ -198,7 +215,7 @@ class AsyncPolicyTracker:
 
     async def query(self, direction: Direction, selector: Selector) -> Policy:
         """The policy as the kernel holds it now."""
-        return await self._run(self._tracking.query(asyncio.current_task(), direction, selector))
+        return await self._run(self._tracking.query(self._me, direction, selector))
 
     def find(self, policy_id: int) -> tuple[Direction, Selector] | None:
         """Which tracked policy has this id in the kernel (an ACQUIRE names it), or None."""
@@ -224,6 +241,10 @@ class AsyncPolicyTracker:
 
     # Running.
 
+    @property
+    def _me(self) -> object:
+        return _SCOPE.get().get(id(self))
+
     async def _call(
         self, direction: Direction, selector: Selector, old: Assignment | None, new: Assignment | None
     ) -> Change:
@@ -234,7 +255,7 @@ class AsyncPolicyTracker:
                 if new is None and tracking.book.settings.linger:
                     self._set_timer()
                 return change
-        return await self._run(tracking.call(asyncio.current_task(), direction, selector, old, new))
+        return await self._run(tracking.call(self._me, direction, selector, old, new))
 
     async def _run(self, steps: Run[T]) -> T:
         """Carry a run out: nothing else of this loop comes between two of its effects."""

@@ -201,12 +201,20 @@ class PolicyTracker:
         What is new comes before what goes, so that no selector is bare in between; an exception inside sends nothing
         and restores every list.  Raises TransactionError naming the policies that failed; the rest stands.  With
         `sweep` the policies that carry the tag of this tracker's `owner`, and are not tracked at the end, are deleted.
-        There is one transaction of a tracker at a time; within one, another is part of it.
+        There is one transaction of a tracker at a time; within one, another is part of it, and an exception that comes
+        out of that takes back what was done in it.
         """
         me, tracking = threading.get_ident(), self._tracking
-        outer = tracking.join(me, is_sweep=sweep)
+        outer = tracking.join(me)
         if outer is not None:
-            yield outer
+            mark = outer.mark
+            outer.sweep |= sweep
+            try:
+                yield outer
+            except BaseException:
+                with self._lock:
+                    outer.back_to(mark)
+                raise
             return
         with self._in_order:
             with self._lock:

@@ -419,7 +419,7 @@ class TrackedPolicy:
         return implied_priority(assignment.rank, self._narrowness)
 
     def _not_tracked(self, assignment: Assignment) -> NotTracked:
-        return NotTracked(f"{assignment!r} does not use {self}; {self._used_by()}")
+        return NotTracked(f"{self} is not used by {assignment!r}; {self._used_by()}")
 
     def _used_by(self) -> str:
         count = len(self)

@@ -145,12 +145,9 @@ class Tracking:
         transaction = self.transactions[me] = Transaction(sweep=is_sweep)
         return transaction
 
-    def join(self, me: object, *, is_sweep: bool) -> Transaction | None:
+    def join(self, me: object) -> Transaction | None:
         """The transaction that `me` has begun already."""
-        outer = self.transactions.get(me)
-        if outer is not None:
-            outer.sweep |= is_sweep
-        return outer
+        return self.transactions.get(me)
 
     def roll_back(self, me: object) -> None:
         """An exception came out of it: every list is what it was."""

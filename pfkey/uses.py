@@ -122,6 +122,8 @@ class Transaction:
     def __init__(self, *, sweep: bool) -> None:
         self.sweep = sweep
         self._touched: dict[TrackedPolicy, tuple[Assignment | None, bool, list[Undo]]] = {}
+        self._log: list[tuple[TrackedPolicy, int, bool]] = []
+        """What was touched in turn: in how many steps, and whether something had been added to it before."""
         self._changes: list[tuple[TrackedPolicy, Change]] = []
         self.over = False
         self.not_swept: PFKeyError | None = None
@@ -148,12 +150,30 @@ class Transaction:
         touched = self._touched.get(tracked)
         if touched is None:
             top = tracked.top
-            self._touched[tracked] = (top, new is not None, shift(book, tracked, old, new))
+            steps = shift(book, tracked, old, new)
+            self._log.append((tracked, len(steps), False))
+            self._touched[tracked] = (top, new is not None, steps)
             return
         steps = shift(book, tracked, old, new)
+        self._log.append((tracked, len(steps), touched[1]))
         touched[2].extend(steps)
         if new is not None and not touched[1]:
             self._touched[tracked] = (touched[0], True, touched[2])
+
+    @property
+    def mark(self) -> tuple[int, bool]:
+        """How far it is: for `back_to`, when a transaction within this one fails."""
+        return len(self._log), self.sweep
+
+    def back_to(self, mark: tuple[int, bool]) -> None:
+        """Take back what was done since; the policies stay this transaction's to its end."""
+        count, self.sweep = mark
+        while len(self._log) > count:
+            tracked, number, added = self._log.pop()
+            top, _, steps = self._touched[tracked]
+            for _ in range(number):
+                tracked.undo(steps.pop())
+            self._touched[tracked] = (top, added, steps)
 
     def hold(self, tracked: TrackedPolicy) -> None:
         """It is to be looked at too."""

@@ -21,6 +21,8 @@ from pfkey import (
     EmbeddedKernel,
     MessageType,
     NotSupported,
+    NotTracked,
+    PFKeyError,
     Policy,
     PolicyTracker,
     Selector,
@@ -200,3 +202,77 @@ def test_icmp_type_zero_is_refused_and_not_taken_for_any_type(profile: str, code
         rig.tracker.replace(OUT, echo_reply, ESP, MOVED)
     assert rig.tracker.assignments(OUT, every) == (ESP,)
     rig.agrees()
+
+
+@pytest.mark.parametrize("profile", ALL)
+def test_one_can_wait_for_ever_for_what_an_embedded_kernel_with_tagged_policies_says(profile: str) -> None:
+    rig = Rig(profile)
+    rig.tracker.add(OUT, SITE, ESP)
+    listener, heard = rig.embedded.connect(), list[bytes | None]()
+    thread = threading.Thread(target=lambda: heard.append(listener.receive(None)), daemon=True)
+    thread.start()
+    time.sleep(0.05)
+    rig.tracker.replace(OUT, SITE, ESP, MOVED)
+    thread.join(10)
+    assert len(heard) == 1
+
+
+def test_what_a_transaction_starts_belongs_to_it() -> None:
+    selectors = [Selector(f"10.{third}.0.0/16", "10.200.0.0/16") for third in range(3)]
+
+    async def main() -> None:
+        embedded, another = EmbeddedKernel("linux"), EmbeddedKernel("freebsd-13")
+        async with AsyncKernel.connect(embedded.connect()) as kernel, AsyncKernel.connect(another.connect()) as second:
+            tracker, beside = AsyncPolicyTracker(kernel), AsyncPolicyTracker(second)
+            with pytest.raises(ZeroDivisionError):
+                async with tracker.transaction(), beside.transaction():
+                    await asyncio.gather(*(tracker.add(OUT, selector, ESP) for selector in selectors))
+                    await asyncio.wait_for(tracker.replace(OUT, selectors[0], ESP, MOVED), 5)
+                    await asyncio.wait_for(beside.add(OUT, SITE, ESP), 5)
+                    with pytest.raises(PFKeyError, match="within a transaction"):
+                        await asyncio.wait_for(tracker.flush(), 5)
+                    raise ZeroDivisionError
+            assert (tracker.policies(), beside.policies(), embedded.policies(), another.policies()) == ((), (), [], [])
+            later = asyncio.Event()
+
+            async def outlives() -> Change:
+                await later.wait()
+                async with tracker.transaction() as transaction:
+                    await tracker.add(OUT, SITE, ESP)
+                assert len(transaction) == 1
+                return await tracker.add(OUT, SITE, MOVED)
+
+            async with tracker.transaction() as transaction:
+                await asyncio.gather(*(tracker.add(OUT, selector, ESP) for selector in selectors))
+                tasks = [asyncio.create_task(outlives()) for _ in range(2)]
+                assert embedded.policies() == []
+            assert len(transaction) == len(embedded.policies()) == 3
+            later.set()
+            changes = await asyncio.wait_for(asyncio.gather(*tasks), 10)
+            assert max(change.sent for change in changes) == (MessageType.SPDUPDATE,)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("profile", ["linux", "freebsd-13"])
+def test_a_transaction_within_another_that_fails_takes_back_its_own_part(profile: str) -> None:
+    rig = Rig(profile, owner="d")
+    elsewhere, third = Selector("10.3.0.0/16", "10.4.0.0/16"), Selector("10.5.0.0/16", "10.6.0.0/16")
+    rig.tracker.add(OUT, SITE, ESP)
+    rig.tracker.add(OUT, third, ESP)
+    former = rig.restart(owner="d")
+    former.add(OUT, SITE, ESP)
+    with rig.counting() as sent, former.transaction() as transaction:
+        former.replace(OUT, SITE, ESP, REKEYED)
+        with pytest.raises(ZeroDivisionError), former.transaction(sweep=True):
+            former.add(OUT, SITE, DROP)
+            former.remove(OUT, SITE, REKEYED)
+            former.add(OUT, elsewhere, ESP)
+            raise ZeroDivisionError
+        with pytest.raises(NotTracked):
+            former.replace_tunnel(SITE, REKEYED, MOVED)  # it has no other direction
+    assert sent == []
+    assert former.assignments(OUT, SITE) == (REKEYED,)
+    assert {selector for _, selector in former.policies()} == {SITE}
+    assert [str(selector) for _, selector in transaction.changes] != []
+    assert rig.held(third) is not None  # nobody asked for a sweep in the end

@@ -43,6 +43,10 @@ def _any_between(low: int, high: int) -> int:
     return low + int.from_bytes(os.urandom(8), "little") % (high - low + 1)
 
 
+_LONGEST_SLEEP = 86400.0
+"""Seconds; a tag of a tracker (BSD) is a lifetime of so many years that no lock can be waited for so long."""
+
+
 class EmbeddedKernel:
     """An SAD and an SPD in this process, spoken to in the PF_KEY bytes of a real system: "linux", "freebsd-13", ...
 
@@ -327,7 +331,7 @@ class EmbeddedKernel:
         """How long a reader may sleep before a timer could have something for it."""
         if self._deadline == inf:
             return left
-        due = max(self._deadline - self.now(), 0.01)
+        due = min(max(self._deadline - self.now(), 0.01), _LONGEST_SLEEP)
         return due if left is None else min(due, left)
 
     def resume_dump(self, channel: EmbeddedChannel) -> None:
