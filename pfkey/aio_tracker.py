@@ -22,11 +22,12 @@ from .guards import Guard
 from .hostlock import WriterLock, writer_lock
 from .keeper import GRACE_SECONDS, make_settings
 from .messages import Policy, Selector
+from .reading import ENTER, GRACE, IDLE, Ask, Dump, Rows, Run
 from .resync import Difference
 from .tracking import Tracking
 from .uses import Transaction, tunnel_calls
 from .watch import Healing, Pace, writes
-from .work import ENTER, GRACE, IDLE, Ask, Change, Dump, Rows, Run
+from .work import Change
 
 __all__ = ["AsyncPolicyKernel", "AsyncPolicyTracker", "AsyncWatch"]
 

@@ -11,21 +11,10 @@ from .constants import MessageType
 from .errors import PFKeyError
 from .guards import Guard, alias_selectors, filler_policies, guard_policies
 from .messages import Policy
+from .reading import ENTER, Ask, Steps, dump
 from .tracker import Image, Step, image_text
 from .typed import policy_from, policy_message
-from .work import (
-    ENTER,
-    Ask,
-    Steps,
-    StoredOtherwise,
-    Work,
-    drop_leftovers,
-    dump,
-    say_more,
-    standing_guards,
-    uncertain,
-    without,
-)
+from .work import StoredOtherwise, Work, drop_leftovers, say_more, standing_guards, uncertain, without
 
 __all__ = ["plan_guard", "refuse_behind", "stand_guards"]
 

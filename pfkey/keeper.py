@@ -20,11 +20,12 @@ from .explain import Explanation
 from .guards import Guard, owner_number
 from .hostlock import WriterLock, writer_lock
 from .messages import Policy, Selector
+from .reading import ENTER, GRACE, IDLE, Ask, Dump, Rows, Run
 from .resync import Difference
 from .tracking import Tracking
 from .uses import Transaction, tunnel_calls
 from .watch import Healing, Watch, start, writes
-from .work import ENTER, GRACE, IDLE, Ask, Change, Dump, Rows, Run
+from .work import Change
 
 __all__ = ["Change", "PolicyKernel", "PolicyTracker", "Transaction", "make_settings"]
 

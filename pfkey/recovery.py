@@ -18,9 +18,10 @@ from .errors import DumpOverflow, KernelError, PFKeyError, ReplyTimeout
 from .guards import Kind, Tag, read_tag, real_selector, tag_lifetime
 from .messages import Policy, Selector
 from .overlaps import overlap
+from .reading import GRACE, Ask, Rows, Run, Steps, dump, get
 from .tracker import Installed, State, TrackedPolicy
 from .typed import PolicyRow, policy_from, policy_message
-from .work import GRACE, Ask, Rows, Run, Steps, dump, get, uncertain
+from .work import uncertain
 
 __all__ = ["AT_WORK", "real_of", "recover", "take_stock"]
 

@@ -17,8 +17,9 @@ from collections.abc import Iterable, Sequence
 
 from .book import Book
 from .guarding import refuse_behind, stand_guards
+from .reading import Ask, Run, Steps, policy_of
 from .tracker import State, Step, TrackedPolicy
-from .work import Ask, Run, Steps, Work, drop_leftovers, policy_of, say_more, start, take
+from .work import Work, drop_leftovers, say_more, start, take
 
 __all__ = ["by_rank", "left_beside", "moves", "needs_order", "reorder", "tidy"]
 

@@ -11,11 +11,12 @@ from .constants import Direction
 from .errors import PFKeyError
 from .guards import Kind, read_tag
 from .messages import Policy, Selector
+from .reading import ENTER, Rows, Run, dump, is_entry, read
 from .recovery import real_of, take_stock
 from .settle import settle
 from .tracker import Installed, State, TrackedPolicy, image_text
 from .typed import PolicyRow
-from .work import ENTER, Change, Rows, Run, Work, dump, is_entry, read
+from .work import Change, Work
 
 __all__ = ["Difference", "compare", "resync", "sweep"]
 

@@ -19,25 +19,12 @@ from .errors import EncodeError, ForeignPolicy, KernelError, NotSupported, PFKey
 from .guarding import stand_guards
 from .messages import Policy
 from .overlaps import overlap
+from .reading import ENTER, Ask, Run, Steps, policy_of, read
 from .recovery import AT_WORK, recover
 from .reorder import by_rank, left_beside, moves, needs_order, reorder, tidy
 from .tracker import Installed, State, Step, TrackedPolicy, decide, image_text
 from .typed import policy_message
-from .work import (
-    ENTER,
-    MESSAGES,
-    Ask,
-    Run,
-    Steps,
-    StoredOtherwise,
-    Work,
-    drop_leftovers,
-    policy_of,
-    read,
-    start,
-    take,
-    uncertain,
-)
+from .work import MESSAGES, StoredOtherwise, Work, drop_leftovers, start, take, uncertain
 
 __all__ = ["settle"]
 

@@ -19,12 +19,13 @@ from .constants import Action, Direction
 from .errors import NotTracked, PFKeyError
 from .explain import Explanation, explain
 from .messages import Policy, Selector
+from .reading import IDLE, Run, Steps, get, is_entry, read
 from .resync import Difference, resync, sweep
 from .settle import settle
 from .tracker import State, TrackedPolicy
 from .uses import POSTPONED, Transaction, change_of, close_error, let_linger, lingers_until, shift, state_text
 from .watch import concerned, heal
-from .work import IDLE, Change, Run, Steps, Work, get, is_entry, read
+from .work import Change, Work
 
 if TYPE_CHECKING:
     from .watch import Healing

@@ -18,11 +18,12 @@ from .book import Book
 from .codec import Message
 from .constants import MessageType
 from .errors import ChannelClosed, NotSupported, PFKeyError
+from .reading import Run, get, is_entry, read
 from .resync import Difference
 from .settle import settle
 from .tracker import Installed, State, TrackedPolicy, Troubles, image_text
 from .typed import policy_from
-from .work import Run, Work, get, is_entry, read
+from .work import Work
 
 __all__ = ["CONTESTED_CHANGES", "CONTESTED_SECONDS", "Healing", "Pace", "Watch", "concerned", "heal", "start", "writes"]
 

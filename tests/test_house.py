@@ -26,7 +26,7 @@ FLOORS = (
     {"embedded", "target"},
     {"assignment", "tracker"},
     {"guards", "overlaps", "book"},
-    {"work", "guarding", "reorder", "recovery", "settle"},
+    {"reading", "work", "guarding", "reorder", "recovery", "settle"},
     {"uses", "explain", "resync", "watch", "hostlock", "tracking"},
     {"keeper", "aio_tracker"},
     {"habits", "show", "hexdump", "stage", "demo", "cli"},

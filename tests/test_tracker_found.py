@@ -25,7 +25,7 @@ from pfkey import (
     connect,
 )
 from pfkey.embedded.profiles import PROFILE_NAMES
-from pfkey.work import Rows
+from pfkey.reading import Rows
 
 ADD, UPD, DEL = MessageType.SPDADD, MessageType.SPDUPDATE, MessageType.SPDDELETE
 OUT = Direction.OUT
