@@ -104,7 +104,7 @@ def test_the_oldest_of_equal_assignments_is_removed() -> None:
     assert policy.assignments == (x, y)
     policy.remove(x)
     assert policy.assignments == (y,)
-    with pytest.raises(NotTracked, match="^out 10.* is not used by"):
+    with pytest.raises(NotTracked, match=r"^out 10.* is not used by"):
         policy.remove(x)
     assert policy.assignments == (y,)
 
