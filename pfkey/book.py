@@ -233,6 +233,17 @@ class Book:
                 return True
         return False
 
+    def is_out_of_order(self, tracked: TrackedPolicy) -> bool:
+        """On a kernel that orders by insertion: whether it, or something weaker, has to be moved."""
+        rank, own = tracked.rank, tracked.installed.policy_id
+        if self.abi.has_priority or rank is None:
+            return False
+        return self.is_behind_weaker(tracked) or any(
+            other.rank is not None and other.rank < rank and other.installed.policy_id > own
+            for other in self.indexes[int(tracked.direction)].overlapping(tracked)
+            if other.installed.state is State.OURS
+        )
+
     def tagged(self, policy: Policy) -> Policy:
         """The same with this tracker's tag."""
         return replace(policy, lifetime_hard=self.tag, id=0)

@@ -79,7 +79,11 @@ def change_of(book: Book, tracked: TrackedPolicy, top: Assignment | None) -> Cha
     if now is not None:
         if not tracked.holds(now):
             return None
-        return _SILENT if now is top or now == top else _SPARED
+        if now is top or now == top:
+            return _SILENT
+        if top is not None and tracked.priority(now) != tracked.priority(top) and book.is_out_of_order(tracked):
+            return None  # the same policy, but no longer in its place (kernels that order by insertion)
+        return _SPARED
     if installed.state is State.ABSENT:
         return _UNUSED
     if installed.state is State.OURS and book.settings.linger > 0:

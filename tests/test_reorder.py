@@ -12,7 +12,7 @@ from faulty import Fault, FaultyChannel, interrupts, loses_reply, loses_request,
 from rig import ESP, LISTS, MOVED, OUT, KilledError, Rig
 from scenarios import ADD, DEL, UPD
 
-from pfkey import Action, Assignment, Direction, Policy, Selector
+from pfkey import Action, Assignment, Direction, Policy, Selector, Template
 from pfkey.embedded.probe import Probe
 from pfkey.errors import PFKeyError
 from pfkey.guards import Kind, read_tag, real_selector
@@ -272,3 +272,26 @@ def test_a_disorder_that_somebody_else_made_is_put_right(profile: str) -> None:
         elif how != "resync":
             rig.tracker.add(OUT, A8, BEFORE[A8])
         in_order(rig, NESTED)
+
+
+@pytest.mark.parametrize("profile", ["freebsd-10", "netbsd", "macos"])
+def test_another_priority_moves_a_policy_whose_image_stays(profile: str) -> None:
+    """These kernels do not store it, but it says what comes before what."""
+    rig = Rig(profile)
+    wide, narrow = Selector("10.1.0.0/16", "10.2.0.0/16"), Selector("10.1.1.0/24", "10.2.0.0/16")
+    template = Template.tunnel("192.0.2.1", "198.51.100.1", reqid=1)
+    plain, strong = Assignment(template, spi=1), Assignment(template, spi=2, priority=1000)
+    rig.tracker.add(OUT, narrow, plain)
+    rig.tracker.add(OUT, wide, Assignment(Template.tunnel("192.0.2.1", "198.51.100.1", reqid=3), spi=3, priority=5000))
+
+    def order() -> list[Selector]:
+        rig.embedded.advance(10)
+        return [policy.selector for policy in rig.embedded.policies(OUT)]
+
+    assert order() == [wide, narrow]
+    rig.tracker.add(OUT, narrow, strong)
+    assert order() == [narrow, wide]
+    assert rig.tracker.add(OUT, narrow, Assignment(template, spi=4, priority=1000)).guard == ()
+    rig.tracker.remove(OUT, narrow, Assignment(template, spi=4, priority=1000))
+    rig.tracker.remove(OUT, narrow, strong)
+    assert order() == [wide, narrow]
