@@ -65,12 +65,9 @@ static int receive_batch(int fd, uint8_t *arena, uint32_t size, uint32_t *length
 
 static int send_batch(int fd, const uint8_t *arena, const uint32_t *lengths, int count)
 {
-	for (int i = 0; i < count; i++) {
-		if (send(fd, arena, lengths[i], 0) < 0)
-			return i ? i : -1;
-		arena += lengths[i];
-	}
-	return count;
+	/* One at a time: what failed behind others would be sent again, and FreeBSD may have done it (ENOBUFS). */
+	(void)count;
+	return send(fd, arena, lengths[0], 0) < 0 ? -1 : 1;
 }
 
 static int receive_one(int fd, uint8_t *buffer, uint32_t size, uint32_t *length)

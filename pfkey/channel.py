@@ -152,6 +152,8 @@ class NativeChannel:
         """The lock file that all who write to this socket's SPD share (the variable PFKEY_LOCK names another one)."""
         self._arena: _sockets.Arena | None = None
         self._queue: deque[bytes] = deque()
+        self._failed: tuple[bytes, int] | None = None
+        """Of several messages the one that could not be sent, and why, until somebody hears of it."""
         self.lost = 0
         """Messages that were longer than any this package expects, and were cut by the kernel."""
         self.receive_buffer = self._first_buffer()
@@ -188,15 +190,28 @@ class NativeChannel:
     def send(self, data: bytes, /) -> None:
         """Give the kernel one message.  Raises OSError as the system call does, ChannelClosed on a closed socket."""
         self._check()
+        self._raise_remembered(data)
         self._socket.send(data)
 
     def send_many(self, messages: Sequence[bytes]) -> int:
-        """Give the kernel many messages in one call; how many it took.  Raises only what the first one raises."""
+        """Give the kernel many messages in one call; how many it took.  Raises only what the first one raises.
+
+        What one behind it raises is raised by the next call, when that begins with the same message, which is not sent
+        again: the kernel may have done it (FreeBSD, ENOBUFS).
+        """
         self._check()
+        self._raise_remembered(messages[0] if messages else b"")
         sent, error = _sockets.send_many(self._socket.fileno(), messages)
         if not sent and error:
             raise OSError(error, f"sending to the PF_KEY socket: {_strerror(error)}")
+        self._failed = (messages[sent], error) if error else None
         return sent
+
+    def _raise_remembered(self, data: bytes) -> None:
+        failed, self._failed = self._failed, None
+        if failed is not None and failed[0] == data:
+            error = failed[1]
+            raise OSError(error, f"sending to the PF_KEY socket: {_strerror(error)}")
 
     def receive(self, timeout: float | None, /) -> bytes | None:
         """The next message, None when none came within `timeout` seconds (None: wait for ever)."""

@@ -87,7 +87,8 @@ def send(channel: Channel, requests: Iterable[Request]) -> list[Request]:
     waiting = deque(request for request in requests if request.error is None)
     while waiting:
         try:
-            if len(waiting) == 1:
+            # One whose send failed may have been carried out (FreeBSD, ENOBUFS), and is never sent again.
+            if len(waiting) == 1 or not hasattr(channel, "send_many"):
                 channel.send(waiting[0].data)
                 sent = 1
             else:

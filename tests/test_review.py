@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from faulty import interrupts, rejects
 from rig import ALL, DROP, ESP, MOVED, OUT, REKEYED, KilledError, Rig
 from scenarios import DEL
+from served import native_channel
 
 from pfkey import (
     Abi,
     AsyncKernel,
     AsyncPolicyTracker,
     Change,
+    Channel,
     EmbeddedKernel,
     MessageType,
     NotSupported,
@@ -26,9 +30,13 @@ from pfkey import (
     Policy,
     PolicyTracker,
     Selector,
+    TransactionError,
+    _sockets,
     connect,
 )
 from pfkey.book import Book
+from pfkey.embedded.channel import EmbeddedChannel
+from pfkey.embedded.server import Server
 from pfkey.hostlock import writer_lock
 from pfkey.tracker import TrackedPolicy
 
@@ -276,3 +284,58 @@ def test_a_transaction_within_another_that_fails_takes_back_its_own_part(profile
     assert {selector for _, selector in former.policies()} == {SITE}
     assert [str(selector) for _, selector in transaction.changes] != []
     assert rig.held(third) is not None  # nobody asked for a sweep in the end
+
+
+@pytest.mark.parametrize("way", ["one by one", "many in a call", "served"])
+def test_a_message_whose_send_failed_behind_others_is_not_sent_again(
+    way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    embedded, seen = EmbeddedKernel("freebsd-11"), list[bytes]()
+    submit = embedded.submit
+
+    def noted(channel: EmbeddedChannel, data: bytes) -> None:
+        if data[1] == MessageType.SPDADD:
+            seen.append(data)
+        submit(channel, data)
+
+    monkeypatch.setattr(embedded, "submit", noted)
+    channel: Channel = Plain(embedded.connect(), embedded.abi) if way == "one by one" else embedded.connect()
+    selectors = [Selector(f"10.{third}.0.0/16", "10.200.0.0/16") for third in range(6)]
+    with contextlib.ExitStack() as stack:
+        if way == "served":
+            stack.enter_context(Server(embedded, tmp_path / "kernel"))
+            channel = stack.enter_context(connect(f"unix:{tmp_path / 'kernel'}")).channel
+        tracker = PolicyTracker(connect(channel, timeout=0.5), owner="d")
+        tracker.add(OUT, SITE, ESP)
+        seen.clear()
+        embedded.fail_next(MessageType.SPDADD, "ENOBUFS", "after", skip=2)
+        with pytest.raises(TransactionError, match="ENOBUFS") as caught, tracker.transaction():
+            for selector in selectors:
+                tracker.add(OUT, selector, ESP)
+        assert len(seen) == 6
+        assert list(caught.value.errors) == [f"out {selectors[2]}"]
+        assert tracker.add(OUT, selectors[2], REKEYED).sent == ()
+        assert len(embedded.policies()) == 7
+
+
+def test_a_native_channel_tells_what_it_could_not_send_behind_others_and_does_not_try_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[bytes] = []
+
+    def some(descriptor: int, messages: Sequence[bytes]) -> tuple[int, int]:
+        for count, data in enumerate(messages):
+            tried.append(data)
+            if data == b"c":
+                return count, errno.ENOBUFS
+        return len(messages), 0
+
+    with native_channel(EmbeddedKernel("linux"), monkeypatch) as channel:
+        monkeypatch.setattr(_sockets, "send_many", some)
+        assert channel.send_many([b"a", b"b", b"c", b"d"]) == 2
+        with pytest.raises(OSError, match="ENOBUFS"):
+            channel.send_many([b"c", b"d"])
+        assert channel.send_many([b"d", b"e"]) == 2
+        assert channel.send_many([b"a", b"c"]) == 1
+        assert channel.send_many([b"x", b"y"]) == 2  # somebody who does not want to know
+    assert b"".join(tried) == b"abcdeacxy"

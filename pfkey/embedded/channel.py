@@ -62,6 +62,8 @@ class EmbeddedChannel:
         self._used = 0
         self._mbufs = 0
         self._closed = False
+        self._failed: tuple[bytes, OSError] | None = None
+        """Of several messages the one whose send failed, until somebody hears of it."""
         self._room: int | None = None
         self.registered: set[int] = set()
         """The SA types it registered for."""
@@ -86,17 +88,25 @@ class EmbeddedChannel:
         """
         with self._kernel.lock:
             self._check()
+            failed, self._failed = self._failed, None
+            if failed is not None and failed[0] == data:
+                raise failed[1]
             self._kernel.submit(self, bytes(data))
 
     def send_many(self, messages: Sequence[bytes]) -> int:
-        """Hand over several messages; how many the kernel took.  Raises only what the first one raises."""
+        """Hand over several messages; how many the kernel took.  Raises only what the first one raises.
+
+        What one behind it raises is raised by the next call, when that begins with the same message, which is not sent
+        again: the kernel may have done it (FreeBSD, ENOBUFS).
+        """
         with self._kernel.lock:
             for count, data in enumerate(messages):
                 try:
                     self.send(data)
-                except OSError:
+                except OSError as error:
                     if not count:
                         raise
+                    self._failed = bytes(data), error
                     return count
         return len(messages)
 
