@@ -129,9 +129,9 @@ class AsyncLink(Shared):
             self._read_all()
         if not self.conversation.rest_of_dump:
             return
-        self._quiet = 0.0
+        self._quiet, since = 0.0, time.monotonic()
         # A read of the worker may have begun before, so one that ends in vain proves nothing.
-        while not self._rest_is_over(2 * SLICE):
+        while not self._rest_is_over(2 * SLICE, since):
             if self._work is None:
                 await asyncio.sleep(SLICE / 10)
                 self._quiet += SLICE / 10

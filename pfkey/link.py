@@ -169,14 +169,14 @@ class Link(Shared):
 
     def _await_rest(self, waiter: _Waiter) -> None:
         """Until what is left of a dump given up is out of the way: it also fills the buffer that answers need."""
-        self._quiet = 0.0
+        self._quiet, since = 0.0, time.monotonic()
         while True:
             with self._lock:
                 leads = self._lead is None or self._lead is waiter
                 if leads:
                     self._lead = waiter
                 # A read of somebody else's may have begun long before, so one that ends in vain proves nothing.
-                if self._rest_is_over(SLICE if leads else 2 * SLICE):
+                if self._rest_is_over(SLICE if leads else 2 * SLICE, since):
                     return
             if leads:
                 self._read(AT_ONCE, SLICE / 4)

@@ -150,6 +150,10 @@ class Room:
         return list({next(iter(queue)): None for queue in (self._requests, self._dumps) if queue})
 
 
+_REST = 5 * SLICE
+"""Seconds for which what is left of a dump is waited for at most."""
+
+
 class Shared:
     """What those who share a channel have in common; whoever changes it sees to it that nobody else does."""
 
@@ -256,12 +260,13 @@ class Shared:
         self._quiet = 0.0
         return True
 
-    def _rest_is_over(self, seconds: float) -> bool:
+    def _rest_is_over(self, seconds: float, since: float) -> bool:
         """Whether what is left of a dump that was given up has come, or will not: nothing came for so long.
 
-        An end may be lost (FreeBSD drops what does not fit), and a channel to a remote kernel may take a while.
+        An end may be lost (FreeBSD drops what does not fit), and a channel to a remote kernel may take a while.  Where
+        others never stop talking it is not quiet ever: `since` says from when on (monotonic seconds) it was waited for.
         """
-        if self._quiet >= seconds:
+        if self._quiet >= seconds or time.monotonic() - since >= _REST:
             self.conversation.rest_of_dump = False
         return not self.conversation.rest_of_dump or bool(self._closed)
 

@@ -447,3 +447,26 @@ def test_what_the_wire_cannot_carry_fails_alone(kernel: Kernel) -> None:
     assert [isinstance(answer, Message) for answer in answers] == [True, True, False, True]
     assert isinstance(answers[2], EncodeError)
     assert leftovers(kernel) == {}
+
+
+@pytest.mark.parametrize("profile", ["linux", "freebsd-13"])
+def test_what_is_left_of_a_dump_is_not_waited_for_while_others_never_stop_talking(profile: str) -> None:
+    embedded = EmbeddedKernel(profile)
+    kernel, other = connect(embedded.connect(), timeout=2), connect(embedded.connect(), timeout=2)
+    site, stop = Selector("10.1.0.0/16", "10.2.0.0/16"), threading.Event()
+    policy = other.add_policy(Policy(Direction.OUT, site, Action.DISCARD))
+    wanted = Policy(Direction.OUT, site, Action.DISCARD)
+
+    def talk() -> None:
+        while not stop.wait(0.01):
+            other.update_policy(wanted)
+
+    thread = threading.Thread(target=talk)
+    thread.start()
+    try:
+        kernel._link.conversation.rest_of_dump = True  # one that was given up, and whose end never comes
+        assert policy.selector in [one.selector for one in kernel.dump_policies()]
+        assert not kernel._link.conversation.rest_of_dump
+    finally:
+        stop.set()
+        thread.join()
