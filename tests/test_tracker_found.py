@@ -283,3 +283,15 @@ def test_a_selector_that_turns_out_to_be_taken_does_not_stop_a_move(profile: str
     assert held[str(wider)].templates == MOVED.templates
     assert held[str(narrower)].action == Action.DISCARD
     assert len(held) == 2
+
+
+def test_a_policy_that_comes_and_goes_in_one_transaction_is_gone_though_the_kernel_has_none() -> None:
+    rig = Rig("linux")
+    rig.tracker.add(OUT, SITE, X)
+    rig.other.flush_policies()
+    with rig.tracker.transaction():
+        rig.tracker.add(OUT, SITE, MOVED)
+        rig.tracker.remove(OUT, SITE, X)
+        rig.tracker.remove(OUT, SITE, MOVED)
+    assert rig.tracker.assignments(OUT, SITE) == ()
+    assert len(rig.tracker) == 0
