@@ -266,12 +266,11 @@ def _delete_guards(book: Book, going: Sequence[tuple[Work, Policy]]) -> Steps:
     doubtful = [
         guard
         for (_, guard), reply in zip(going, replies, strict=True)
-        if isinstance(reply, PFKeyError) and uncertain(reply)
+        if isinstance(reply, PFKeyError) and (uncertain(reply) or _says_absent(book, reply))
     ]
     standing = yield from standing_guards(book, doubtful)
     for (work, guard), reply in zip(going, replies, strict=True):
-        gone = isinstance(reply, KernelError) and not uncertain(reply) and reply.name == book.abi.absent_policy_error
-        gone |= guard in doubtful and standing is not None and guard not in standing
+        gone = guard in doubtful and standing is not None and guard not in standing
         if gone or not isinstance(reply, PFKeyError):
             without(work.tracked, guard)
             continue
@@ -279,6 +278,11 @@ def _delete_guards(book: Book, going: Sequence[tuple[Work, Policy]]) -> Steps:
         note = f"its guard {guard.selector} could not be deleted and stays until the next call: {reply}"
         if note not in work.notes:
             work.notes.append(note)
+
+
+def _says_absent(book: Book, error: PFKeyError) -> bool:
+    """Whether it is what a kernel says of a policy that is not there: on FreeBSD EINVAL, which means more than that."""
+    return isinstance(error, KernelError) and error.name == book.abi.absent_policy_error
 
 
 def standing_guards(book: Book, doubtful: Sequence[Policy]) -> Run[list[Policy] | None]:

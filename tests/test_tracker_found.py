@@ -295,3 +295,14 @@ def test_a_policy_that_comes_and_goes_in_one_transaction_is_gone_though_the_kern
         rig.tracker.remove(OUT, SITE, MOVED)
     assert rig.tracker.assignments(OUT, SITE) == ()
     assert len(rig.tracker) == 0
+
+
+@pytest.mark.parametrize("profile", ["freebsd-12", "freebsd-13", "netbsd"])
+def test_a_guard_is_not_taken_for_gone_because_its_deletion_was_refused(profile: str) -> None:
+    """EINVAL is what FreeBSD says of a policy that is not there, and of other things."""
+    rig = Rig(profile)
+    rig.tracker.add(OUT, SITE, X)
+    rig.embedded.fail_next(DEL, "EINVAL")
+    rig.tracker.replace(OUT, SITE, X, MOVED)
+    rig.tracker.remove(OUT, SITE, MOVED)
+    assert rig.held() == []
