@@ -101,37 +101,48 @@ class Book:
         return tracked
 
     def remember(self, tracked: TrackedPolicy, *, was_just_read: bool = False) -> None:
-        """Give a policy what is known of it from a former life; `keep` makes it its own.
+        """Give a policy what is known of it from a former life, lent until somebody uses it.
 
         What was read some time ago is read again.
         """
         key = (int(tracked.direction), tracked.selector.identity)
         orphans, former = self.orphans.pop(key, []), self.former.pop(key, None)
+        if tracked.installed.state is not State.ABSENT:
+            former = None  # it is known better
         if orphans or former is not None:
             self._lent[tracked] = (orphans, former)
         tracked.leftover += tuple(orphans)
-        if former is not None and tracked.installed.state is State.ABSENT:
+        if former is not None:
             self.note(tracked, former if was_just_read else former.doubted())
 
+    def is_lent(self, tracked: TrackedPolicy) -> bool:
+        """Whether a former life left something of it, and nobody has come to use it yet."""
+        return tracked in self._lent
+
     def keep(self, tracked: TrackedPolicy) -> None:
-        """Somebody uses it, or wants it gone: what a former life left of it is looked after from now on."""
+        """What a former life left of it is looked after from now on, also when nobody uses it: it is to go."""
         self._lent.pop(tracked, None)
 
     def _give_back(self, tracked: TrackedPolicy) -> None:
         """Nobody came to use it: what a former life left stays as it is."""
         key = (int(tracked.direction), tracked.selector.identity)
         orphans, former = self._lent.pop(tracked)
-        if orphans:
-            self.orphans[key] = orphans
-            tracked.leftover = ()
-        if former is not None:
-            self.former[key] = former
+        state = tracked.installed.state
+        stay = [guard for guard in tracked.leftover if state is State.ABSENT or guard in orphans]
+        if stay:
+            self.orphans[key] = stay
+            tracked.leftover = tuple(guard for guard in tracked.leftover if guard not in stay)
+        if former is not None and state in _PRESENT:
+            self.former[key] = tracked.installed if state is State.OURS else former
             self.note(tracked, ABSENT)
 
     def close(self, tracked: TrackedPolicy) -> None:
         """Forget it when nobody uses it and the kernel does not hold it."""
-        if tracked in self._lent and not len(tracked):
-            self._give_back(tracked)
+        if tracked in self._lent:
+            if len(tracked):
+                self.keep(tracked)
+            else:
+                self._give_back(tracked)
         if len(tracked) or tracked.installed.state in _PRESENT or tracked.leftover:
             return
         if tracked.troubles is not None and not tracked.troubles.are_over:

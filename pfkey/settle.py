@@ -49,7 +49,6 @@ def settle(book: Book, works: Sequence[Work]) -> Steps:
             yield from recover(book, {work.tracked for work in works})
         for work in works:
             book.remember(work.tracked, was_just_read=is_first)
-            book.keep(work.tracked)
         yield from _rounds(book, works)
     except PFKeyError as error:  # the SPD is locked, or could not be
         for work in works:
@@ -76,9 +75,10 @@ def settle(book: Book, works: Sequence[Work]) -> Steps:
 def _give_back(book: Book, work: Work) -> None:
     """A policy that was to become ours, and did not, is its owner's as it was."""
     tracked, installed, claimed = work.tracked, work.tracked.installed, work.claimed
-    if claimed is None or len(tracked) or installed.state is not State.OURS or installed.image != claimed.image:
+    if claimed is None or claimed.state is State.OURS or len(tracked):
         return
-    book.note(tracked, Installed(State.FOREIGN, installed.image, installed.policy_id))
+    if installed.state is State.OURS and installed.image == claimed.image:
+        book.note(tracked, Installed(State.FOREIGN, installed.image, installed.policy_id))
 
 
 def _rounds(book: Book, works: Sequence[Work]) -> Steps:
@@ -185,6 +185,8 @@ def _decide(book: Book, work: Work, unread: BaseException | None) -> Step:
     step = decide(tracked.desired, tracked.installed)
     if step is Step.REFUSE:
         return _claim(book, work)
+    if len(tracked) and tracked.installed.state is State.OURS and book.is_lent(tracked):
+        work.claimed = work.claimed or tracked.installed
     if work.claimed is not None and tracked.top is None:
         return Step.ADD if tracked.installed.state is State.ABSENT else Step.NOTHING
     if step is Step.DELETE and tracked.troubles is not None and tracked.troubles.lingers_until is not None:
@@ -244,9 +246,11 @@ def _prepare(book: Book, work: Work) -> None:
         work.policy = Policy(tracked.direction, tracked.selector, image.action if image else Action.NONE)
         return
     top = tracked.top
-    if top is None:  # somebody else's, which a rejected update of ours removed
+    if top is None:  # somebody else's or of a former life: a rejected update of ours removed it
         assert work.claimed is not None
         work.policy, work.image = policy_of(tracked, work.claimed.image), work.claimed.image
+        if work.policy is not None and work.claimed.state is State.OURS:
+            work.policy = book.tagged(work.policy)
         return
     work.policy, work.image = tracked.policy(top, book.tag), tracked.image(top)
     try:

@@ -91,7 +91,6 @@ class Tracking:
         except BaseException:
             book.close(tracked)
             raise
-        book.keep(tracked)
         change = change_of(book, tracked, top)
         if change is not None:
             book.close(tracked)

@@ -195,7 +195,6 @@ class Transaction:
         """What the kernel has to hear of; the rest is noted as unchanged."""
         works: list[Work] = []
         for tracked, (top, added, steps) in self._touched.items():
-            book.keep(tracked)
             change = change_of(book, tracked, top)
             if change is not None:
                 self._changes.append((tracked, change))

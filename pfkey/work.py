@@ -99,7 +99,7 @@ class Work:
     why: str = ""
     """Why it is guarded."""
     claimed: Installed | None = None
-    """What somebody else had in its place, which was to become ours."""
+    """What somebody else had in its place, or a former life, and what was to become ours."""
     existed: bool = False
     """The kernel said that the selector is taken."""
     postponed: bool = False

@@ -306,3 +306,28 @@ def test_a_guard_is_not_taken_for_gone_because_its_deletion_was_refused(profile:
     rig.tracker.replace(OUT, SITE, X, MOVED)
     rig.tracker.remove(OUT, SITE, MOVED)
     assert rig.held() == []
+
+
+UNLINKING = [name for name in PROFILE_NAMES if not name.startswith("linux")]
+
+
+@pytest.mark.parametrize(
+    ("profile", "when"), [(name, "before") for name in PROFILE_NAMES] + [(name, "unlinked") for name in UNLINKING]
+)
+def test_a_refused_update_leaves_the_policy_of_a_former_life(profile: str, when: str) -> None:
+    """It was to become another one, and did not: it protects packets as before, whoever uses it or not."""
+    rig = Rig(profile, owner="me")
+    rig.tracker.add(OUT, SITE, X)
+    tracker = rig.restart(owner="me")
+    rig.embedded.fail_next(UPD, "ENOMEM", when)
+    with rig.embedded.probe(OUT, SITE) as probe, pytest.raises(KernelError):
+        tracker.add(OUT, SITE, MOVED)
+    tracker.resync()
+    assert [policy.templates for policy in rig.held()] == [X.templates]
+    if profile != "freebsd-14":  # there the update of the only one is guarded against another danger
+        assert probe.bare == 0
+    assert tracker.assignments(OUT, SITE) == ()
+    assert tracker.add(OUT, SITE, X).sent == ()
+    with tracker.transaction(sweep=True):
+        tracker.remove(OUT, SITE, X)
+    assert rig.held() == []
