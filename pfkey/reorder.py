@@ -128,8 +128,8 @@ def reorder(book: Book, works: Sequence[Work]) -> Steps:
     ordered = sorted(works, key=by_rank)
     present = [work for work in ordered if work.step is Step.UPDATE]
     for work in present:  # one by one: the guards' own order matters
-        if work.mover and work.tracked.leftover:
-            continue  # of a move that failed: it stands where it has to
+        if work.mover and work.tracked.leftover and all(guard.id for guard in work.tracked.leftover):
+            continue  # of a move that failed: it stands where it has to, as the kernel said
         yield from stand_guards(book, [work])
         if work.step is not Step.UPDATE:
             _give_up(ordered, work)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from faulty import FaultyChannel
+from faulty import Fault, FaultyChannel, interrupts
 
 from pfkey import (
     Action,
@@ -331,3 +331,64 @@ def test_a_refused_update_leaves_the_policy_of_a_former_life(profile: str, when:
     with tracker.transaction(sweep=True):
         tracker.remove(OUT, SITE, X)
     assert rig.held() == []
+
+
+LISTS = ["freebsd-10", "netbsd", "macos"]
+NARROW = Selector("10.1.1.0/24", "10.2.0.0/16")
+
+
+@pytest.mark.parametrize("profile", LISTS)
+def test_another_rank_with_the_same_image_moves_what_has_to_follow(profile: str) -> None:
+    """Where the order of the list is the priority, the assignment on top decides it too."""
+    rig = Rig(profile)
+    weak = Assignment(*X.templates, spi=0xC9, rank=Rank.REGULAR, priority=500000)
+    strong = Assignment(*X.templates, spi=0xCA, priority=1000)
+    rig.tracker.add(OUT, NARROW, X)
+    rig.tracker.add(OUT, SITE, X)
+    assert [policy.selector for policy in rig.held()] == [NARROW, SITE]
+    rig.tracker.add(OUT, SITE, strong)
+    assert [policy.selector for policy in rig.held()] == [SITE, NARROW]
+    rig.tracker.replace(OUT, SITE, strong, weak)
+    assert [policy.selector for policy in rig.held()] == [NARROW, SITE]
+
+
+@pytest.mark.parametrize("profile", LISTS)
+def test_a_resync_puts_in_order_what_somebody_else_moved(profile: str) -> None:
+    rig = Rig(profile)
+    rig.tracker.add(OUT, NARROW, X)
+    rig.tracker.add(OUT, SITE, X)
+    first = next(policy for policy in rig.other.dump_policies() if policy.selector == NARROW)
+    rig.other.update_policy(first)
+    assert [policy.selector for policy in rig.held()] == [SITE, NARROW]
+    rig.tracker.resync()
+    assert [policy.selector for policy in rig.held()] == [NARROW, SITE]
+
+
+@pytest.mark.parametrize("profile", LISTS)
+def test_an_add_that_meets_a_policy_does_not_stop_the_others_of_its_transaction(profile: str) -> None:
+    rig = Rig(profile, ownership="adopt")
+    rig.tracker.add(OUT, NARROW, X)
+    rig.other.add_policy(Policy(OUT, SITE, Action.DISCARD))
+    with rig.tracker.transaction():
+        rig.tracker.replace(OUT, NARROW, X, MOVED)
+        rig.tracker.add(OUT, SITE, X)
+        rig.tracker.add(OUT, HOSTS, X)
+    assert [policy.selector for policy in rig.held()] == [HOSTS, NARROW, SITE]
+    assert [policy.templates for policy in rig.held()] == [X.templates, MOVED.templates, X.templates]
+
+
+@pytest.mark.parametrize("profile", LISTS)
+def test_a_guard_whose_answer_an_interrupt_lost_is_not_relied_on(profile: str) -> None:
+    """Ctrl-C comes while the guard of a move is awaited, which the kernel has just refused."""
+    rig = Rig(profile)
+    strong = Assignment(*X.templates, spi=0xCA, priority=1000)
+    rig.tracker.add(OUT, SITE, X)
+    rig.tracker.add(OUT, SITE, strong)
+    rig.tracker.add(OUT, NARROW, X)
+    rig.embedded.fail_next(ADD, "ENOMEM")
+    rig.channel.faults.append(Fault(ADD, interrupts))
+    with rig.embedded.probe(OUT, SITE) as probe, pytest.raises(KeyboardInterrupt):
+        rig.tracker.remove(OUT, SITE, strong)
+    assert probe.bare == 0
+    rig.tracker.resync()
+    assert [policy.selector for policy in rig.held()] == [NARROW, SITE]
