@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from enum import Enum, IntEnum
-from ipaddress import ip_address, ip_interface
+from ipaddress import IPv4Interface, IPv6Interface, ip_address, ip_interface
 from typing import NamedTuple
 
 from .abi import Abi
@@ -140,9 +140,9 @@ def discard_selectors(selector: Selector) -> Iterator[Selector]:
     source, destination = selector.source, selector.destination
     wider = source.max_prefixlen - 1
     if destination.network.prefixlen > wider:
-        yield _with(selector, source, ip_interface((destination.packed, wider)))
+        yield _with(selector, source, _side(destination, wider))
     if source.network.prefixlen > wider:
-        yield _with(selector, ip_interface((source.packed, wider)), destination)
+        yield _with(selector, _side(source, wider), destination)
 
 
 def filler_selector() -> Selector:
@@ -159,17 +159,22 @@ def real_selector(selector: Selector, kind: Kind) -> Selector:
     """The selector of the policy that a guard with this one stands in for."""
     if kind is not Kind.DISCARD:
         return _without_scopes(selector).canonical()
-    return _with(
-        selector, *(ip_interface((side.packed, side.max_prefixlen)) for side in (selector.source, selector.destination))
-    )
+    return _with(selector, *(_side(side, side.max_prefixlen) for side in (selector.source, selector.destination)))
 
 
 def _moved(selector: Selector, source: int, destination: int) -> Selector:
     """The same networks, with these host parts."""
     sides = []
     for side, host in ((selector.source, source), (selector.destination, destination)):
-        sides.append(ip_interface((side.network.network_address + host, side.network.prefixlen)) if host else side)
+        sides.append(_side(side, side.network.prefixlen, host) if host else side)
     return _with(selector, *sides)
+
+
+def _side(side: IPv4Interface | IPv6Interface, bits: int, host: int | None = None) -> IPv4Interface | IPv6Interface:
+    """The same address, or this host of its network, with a prefix of so many bits.  A scope stays."""
+    address = ip_address(side.packed) if host is None else side.network.network_address + host
+    scope = getattr(side, "scope_id", None)
+    return ip_interface(f"{address}%{scope}/{bits}") if scope else ip_interface((address, bits))
 
 
 def _with(selector: Selector, source: object, destination: object) -> Selector:

@@ -6,6 +6,7 @@ import pytest
 from faulty import Fault, FaultyChannel, interrupts
 
 from pfkey import (
+    Abi,
     Action,
     Assignment,
     Direction,
@@ -25,6 +26,7 @@ from pfkey import (
     connect,
 )
 from pfkey.embedded.profiles import PROFILE_NAMES
+from pfkey.guards import alias_selectors
 from pfkey.reading import Rows
 
 ADD, UPD, DEL = MessageType.SPDADD, MessageType.SPDUPDATE, MessageType.SPDDELETE
@@ -392,3 +394,29 @@ def test_a_guard_whose_answer_an_interrupt_lost_is_not_relied_on(profile: str) -
     assert probe.bare == 0
     rig.tracker.resync()
     assert [policy.selector for policy in rig.held()] == [NARROW, SITE]
+
+
+@pytest.mark.parametrize("profile", [name for name in PROFILE_NAMES if not name.startswith("linux")])
+def test_a_discard_guard_between_link_local_hosts_is_known_for_what_it_is(profile: str) -> None:
+    """Its scope is part of whose place it holds, and of which packets it drops."""
+    hosts = Selector("fe80::1%1", "fe80::2%1")
+    rig = Rig(profile, guard="discard")
+    rig.tracker.add(OUT, hosts, X)
+    for _ in range(8):
+        rig.embedded.fail_next(DEL, "ENOMEM")
+    rig.tracker.add(OUT, hosts, MOVED)
+    rig.embedded._faults.clear()
+    assert {policy.selector.scopes for policy in rig.other.dump_policies()} == {("1", "1")}
+    assert len(rig.held()) == 2
+    rig.restart().resync()
+    (left,) = rig.held()
+    assert left.action == Action.IPSEC
+
+
+def test_an_alias_of_a_link_local_network_keeps_its_scope() -> None:
+    """Without it, it would be a policy of that network on every link."""
+    networks = Selector("fe80::%1/64", "fe80:0:0:1::%1/64")
+    aliases = list(alias_selectors(networks, Abi.freebsd(13)))
+    assert aliases
+    assert {alias.scopes for alias in aliases} == {("1", "1")}
+    assert {alias.identity for alias in aliases} == {networks.identity}
