@@ -144,7 +144,7 @@ class Play:
 
     @property
     def book(self) -> Any:
-        """What the tracker believes: which policies of others it could know, and whether its indexes agree."""
+        """What the tracker believes: whether it could know whose a policy is, whether its indexes agree."""
         return book_of(self.tracker)
 
     @property
@@ -203,6 +203,8 @@ class Play:
             return None, death
         except (PFKeyError, KeyboardInterrupt) as failure:
             result, error = None, failure
+        self._never_delete_then_add()
+        world.complain()
         return result, error
 
     def finish(self, error: BaseException | None) -> None:
@@ -216,8 +218,11 @@ class Play:
             self.reconnect()
         while self.foreign.channel.receive(0.0) is not None:
             pass
-        self._never_delete_then_add()
         for tracked in self.book:
+            if tracked.installed.state is State.OURS and not world.refuses:
+                adopted = world.real(Where(tracked.direction, tracked.selector))
+                if adopted is not None and adopted.whose == "foreign":
+                    adopted.whose = "shared"  # it took no message
             if tracked.installed.state is State.FOREIGN:
                 info = world.real(Where(tracked.direction, tracked.selector))
                 if info is not None and not world.surprised and info.whose == "shared":
@@ -305,13 +310,15 @@ class Play:
         return True
 
     def _calm(self, where: Where, change: Any, error: BaseException | None, held: Info | None) -> None:
-        """Nothing went wrong and nothing was unknown: what was sent is what the table and the Change say."""
+        """Nothing went wrong and nothing was unknown: what the table says was sent, and the Change tells it."""
         writes = self._writes()
         kinds = [sent.type for sent in writes]
         if isinstance(error, ForeignPolicy):
             assert held is not None
             assert held.whose != "ours", "our own policy was refused as somebody else's"
-            assert kinds in ([], [ADD]), "SPDADD is how it was met, nothing else is sent"
+            asked = [sent.type for sent in writes if sent.key == key_of(where)]
+            assert asked in ([], [ADD]), "SPDADD is how it was met, nothing else is sent"
+            assert kinds == asked or not self.abi.has_priority, "others were touched"
             return
         if error is not None:
             assert isinstance(error, NotTracked | NotSupported | EncodeError), f"nothing went wrong, but: {error!r}"
@@ -338,7 +345,7 @@ class Play:
         elif held is not None and desired is not None:
             assert {sent.type for sent in about} == {UPD}
             assert len(about) == 1 or (movers and len(about) == 2)
-        elif held is not None and held.whose == "ours" and not self.setup.linger:
+        elif held is not None and held.whose != "foreign" and not self.setup.linger:
             assert [sent.type for sent in about] == [DEL]
         else:
             assert not about
@@ -475,8 +482,8 @@ class Play:
         if isinstance(error, TransactionError):
             for where in touched:
                 failure = error.errors.get(f"{where.direction.name.lower()} {where.selector}")
-                if failure is not None and where in adding and refused(failure):
-                    after.lists.pop(where, None)
+                if failure is not None and where in adding and where in after.lists and refused(failure):
+                    del after.lists[where]
                     if where in before.lists:
                         after.lists[where] = before.lists[where]
         elif isinstance(error, KeyboardInterrupt):
@@ -494,7 +501,9 @@ class Play:
             assert Counter(transaction.sent) == Counter(sent.type for sent in writes)
         for where, info in held.items():
             top = self.model.top(where)
-            kinds = [kind for (key, kind), _ in counts.items() if key == key_of(where)]
+            if info is not None and info.whose == "foreign" and counts[key_of(where), ADD]:
+                counts[key_of(where), ADD] -= 1  # it was met by that
+            kinds = [kind for (key, kind), count in counts.items() if key == key_of(where) and count]
             if self.abi.has_priority:
                 assert sum(counts[key_of(where), kind] for kind in kinds) <= 1, f"{where}: {writes}"
                 equal = (
@@ -504,7 +513,9 @@ class Play:
                 )
                 if equal and info is not None and info.whose == "ours":
                     assert not kinds, f"{where} was right already, yet {kinds} were sent"
-            assert not (DEL in kinds and len(kinds) > 1)
+            # Where order is by insertion, what goes at the end may have to be put behind something else first.
+            assert not (DEL in kinds and ADD in kinds)
+            assert not (DEL in kinds and UPD in kinds and self.abi.has_priority)
 
     def _never_bare_if_covered(self, first: dict[Any, Info | None]) -> None:
         """A policy that goes hands its packets over: who is covered before and after is covered in between."""
@@ -737,7 +748,7 @@ class Play:
         embedded = self.world.embedded
         kept, embedded._faults = embedded._faults, []
         try:
-            self._stranger(deed, self.where(number), what)
+            self._stranger(deed, self.busy(number) if number & 1 else self.where(number), what)
         finally:
             embedded._faults = kept
         self.world.complain()
@@ -870,7 +881,12 @@ class Play:
         real = {info.key for info in world.entries.values() if info.guard is None}
         for guard in world.guards():
             # A discard guard of a dead process whose policy nobody wants is left where it is: it drops.
-            orphan = guard.guard is Kind.DISCARD and guard.key not in real and guard.owner != 0 and self.lives > 1
+            orphan = (
+                guard.guard not in (Kind.ALIAS, Kind.FILLER)
+                and guard.key not in real
+                and guard.owner != 0
+                and self.lives > 1
+            )
             assert orphan, f"a guard is left: {guard}; {self._snapshot()}"
         if not self.abi.has_priority:
             self._check_order()

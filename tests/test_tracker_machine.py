@@ -6,18 +6,23 @@ million steps.  What must be true is in machine.py.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from machine import Change, Play, Setup
+from machine import Change, Play, Setup, playing
 
-from pfkey import Assignment, Direction, Kernel, MessageType, PolicyTracker, Selector
+from pfkey import Kernel, Message, MessageType, PolicyTracker
 from pfkey.embedded.profiles import PROFILE_NAMES
+from pfkey.errors import PFKeyError
+from pfkey.reading import Steps
+from pfkey.tracker import Image, Installed, State, Step, decide
 
 MACHINES = int(os.environ.get("PFKEY_MACHINES", "40"))
 STEPS = int(os.environ.get("PFKEY_MACHINE_STEPS", "40"))
@@ -148,11 +153,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(after=st.integers(0, 8), delivered=st.booleans())
     def die(self, after: int, delivered: bool) -> None:
-        play = self.now
-        # Where the order of insertion counts, a successor also moves what the dead one left in the wrong order, which
-        # the model takes for meddling: there test_recovery.py and test_crash.py play every death.
-        if play.world.embedded.abi.has_priority:
-            play.will_die(after, delivered=delivered)
+        self.now.will_die(after, delivered=delivered)
 
     @rule(size=st.sampled_from([200, 400, 1200, 4000]), listener=st.booleans())
     def small_buffer(self, size: int, listener: bool) -> None:
@@ -218,38 +219,114 @@ def how(plays: int, **more: Any) -> settings:
     )
 
 
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Everything goes wrong all the time: nobody wants to read it."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
 @pytest.mark.parametrize("profile", PROFILE_NAMES)
 def test_the_tracker_keeps_its_promises(profile: str) -> None:
     run_state_machine_as_test(machine_of(profile), settings=how(MACHINES))  # type: ignore[no-untyped-call]
 
 
-# The controls: trackers that break a promise are caught.
+# The controls: what is wrong on purpose must be seen.
 
 
-class Unguarded(Play):
-    """Its updates are bare, although nobody chose that."""
+class Alone(Play):
+    """One caller, so that what goes wrong goes wrong in the same way again."""
+
+    def threads(self, lines: Sequence[Sequence[Change]]) -> None:
+        """Not here."""
+
+
+class BareOnTheSly(Alone):
+    """A tracker that does not guard, where guards are expected."""
 
     def make_tracker(self, kernel: Kernel, **how: Any) -> PolicyTracker:
         return PolicyTracker(kernel, **how | {"guard": "bare"})
 
 
-class DeletingTracker(PolicyTracker):
-    """Deletes a policy and adds it again, as scripts do."""
+class TakesWhatItMeets(Alone):
+    """A tracker that takes over what it was told to leave alone."""
 
-    def replace(self, direction: Direction, selector: Selector, old: Assignment, new: Assignment) -> Any:
-        super().remove(direction, selector, old)
-        return super().add(direction, selector, new)
-
-
-class Deleting(Play):
     def make_tracker(self, kernel: Kernel, **how: Any) -> PolicyTracker:
-        return DeletingTracker(kernel, **how)
+        return PolicyTracker(kernel, **how | {"ownership": "take_over"})
 
 
-@pytest.mark.parametrize(
-    ("profile", "play"),
-    [("freebsd-13", Unguarded), ("netbsd", Unguarded), ("linux", Deleting), ("freebsd-14", Deleting)],
-)
-def test_control_a_tracker_that_breaks_a_promise_is_caught(profile: str, play: type[Play]) -> None:
-    with pytest.raises((AssertionError, BaseExceptionGroup)):
-        run_state_machine_as_test(machine_of(profile, play), settings=how(200, phases=[Phase.generate]))  # type: ignore[no-untyped-call]
+class DeletesThenAdds(Alone):
+    """What scripts around setkey(8) do instead of an update."""
+
+    def make_tracker(self, kernel: Kernel, **how: Any) -> PolicyTracker:
+        send = kernel.request_many
+
+        def request_many(messages: Iterable[Message]) -> list[Message | PFKeyError]:
+            replies = []
+            for message in messages:
+                if message.type == M.SPDUPDATE:
+                    send([message.replace(type=M.SPDDELETE)])
+                    message = message.replace(type=M.SPDADD)
+                replies += send([message])
+            return replies
+
+        kernel.request_many = request_many  # type: ignore[method-assign]
+        return PolicyTracker(kernel, **how)
+
+
+def test_control_bare_updates_are_seen() -> None:
+    fails("met no policy", "freebsd-13", BareOnTheSly)
+
+
+def test_control_overwritten_policies_of_others_are_seen() -> None:
+    with playing("linux", Setup(), TakesWhatItMeets) as play:
+        play.stranger("add", 0, 0)
+        with pytest.raises(AssertionError, match="somebody else's policy was taken out"):
+            play.call("add", play.where(0), None, play.what(0))
+
+
+def test_control_delete_then_add_is_seen() -> None:
+    fails("met no policy|SPDDELETE, then SPDADD", "linux", DeletesThenAdds)
+
+
+def test_control_needless_updates_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def always(desired: Image | None, installed: Installed) -> Step:
+        step = decide(desired, installed)
+        return Step.UPDATE if step is Step.NOTHING and installed.state is State.OURS else step
+
+    monkeypatch.setattr("pfkey.settle.decide", always)
+    monkeypatch.setattr("pfkey.tracking.change_of", lambda book, tracked, top: None)
+    fails("the kernel held it already|was right already", "linux")
+
+
+def test_control_guards_that_stay_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(book: object, works: object) -> Steps:
+        yield from ()
+
+    monkeypatch.setattr("pfkey.settle.drop_leftovers", nothing)
+    monkeypatch.setattr("pfkey.guarding.drop_leftovers", nothing)
+    fails("a guard is left|could not be deleted and would stay", "freebsd-13")
+
+
+def test_control_lists_that_keep_what_was_refused_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pfkey.work.Work.take_back", lambda self: None)
+    fails("the list of .* is .*, not", "linux")
+
+
+def test_control_callers_that_wait_for_ever_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a policy that nobody lets go."""
+    monkeypatch.setattr("machine.PATIENCE", 2)
+    with playing("linux", Setup()) as play:
+        play.call("add", play.where(0), None, play.what(0))
+        (tracked,) = play.book
+        tracked.busy = object()
+        with pytest.raises(AssertionError, match="wait for each other for ever"):
+            play.threads([[Change("add", 0, 1, 0)], [Change("add", 1, 1, 0)]])
+
+
+def fails(how_it_is_told: str, profile: str, play: type[Play] = Alone) -> None:
+    with pytest.raises(AssertionError, match=how_it_is_told):
+        run_state_machine_as_test(  # type: ignore[no-untyped-call]
+            machine_of(profile, play), settings=how(400, phases=[Phase.generate], report_multiple_bugs=False)
+        )
