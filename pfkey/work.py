@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .book import Book
 from .codec import Message
@@ -320,10 +320,15 @@ def _known_to_stand(book: Book, going: list[tuple[Work, Policy]]) -> Run[list[tu
     standing = []
     for work, guard in going:
         entries = tagged.get((int(guard.direction), guard.selector.identity[:_PLAIN]), ())
-        if guard.id or any(_is_same(book, entry, guard) for entry in entries):
+        entry = next((entry for entry in entries if _is_same(book, entry, guard)), None)
+        if guard.id:
             standing.append((work, guard))
-        else:
+        elif entry is None:
             without(work.tracked, guard)
+        else:  # its id tells where it stands
+            confirmed = replace(guard, id=entry.id)
+            work.tracked.leftover = tuple(confirmed if one is guard else one for one in work.tracked.leftover)
+            standing.append((work, confirmed))
     return standing
 
 

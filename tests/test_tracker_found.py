@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 from faulty import Fault, FaultyChannel, interrupts
 
@@ -420,3 +422,21 @@ def test_an_alias_of_a_link_local_network_keeps_its_scope() -> None:
     assert aliases
     assert {alias.scopes for alias in aliases} == {("1", "1")}
     assert {alias.identity for alias in aliases} == {networks.identity}
+
+
+@pytest.mark.parametrize("profile", LISTS)
+def test_guards_that_were_never_answered_do_not_hold_each_other_for_ever(profile: str) -> None:
+    """Somebody's full receive buffer makes every send fail after the work, while policies are moved."""
+    rig = Rig(profile)
+    rig.tracker.add(OUT, SITE, X)
+    rig.tracker.add(OUT, NARROW, X)
+    deaf = rig.embedded.connect()
+    deaf.set_receive_buffer(200)
+    for selector, assignment in ((Selector("0.0.0.0/0", "0.0.0.0/0"), X), (SITE, X), (SITE, PASS)):
+        with suppress(KernelError):
+            rig.tracker.add(OUT, selector, assignment)
+    deaf.close()
+    assert [difference.error for difference in rig.tracker.resync() if difference.error is not None] == []
+    assert sorted(str(policy.selector) for policy in rig.held()) == sorted(
+        str(one) for _, one in rig.tracker.policies()
+    )
