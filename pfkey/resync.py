@@ -52,7 +52,10 @@ def resync(book: Book, everything: Sequence[TrackedPolicy], *, by_hand: bool) ->
     works = [
         Work(tracked)
         for tracked in everything
-        if tracked in differing or tracked.leftover or not (tracked.holds_top() or _lingers(tracked))
+        if tracked in differing
+        or tracked.leftover
+        or not (tracked.holds_top() or _lingers(tracked))
+        or book.is_out_of_order(tracked)
     ]
     if by_hand:
         for tracked in everything:

@@ -104,8 +104,10 @@ def _account(book: Book, works: Sequence[Work], beside: Sequence[Work]) -> None:
         works[0].guards += [*other.sent, *other.guards]
     error = next((other.error for other in beside if other.error is not None), None)
     for work in works:
-        if work.error is None and error is not None and book.is_behind_weaker(work.tracked):
-            text = f"{work.tracked} stands, but weaker policies could not be moved behind it; a guard holds its place"
+        if work.error is None and error is not None and book.is_out_of_order(work.tracked):
+            text = f"{work.tracked} stands in front of a stronger policy, and could not be moved behind it: so it stays"
+            if book.is_behind_weaker(work.tracked):
+                text = f"{work.tracked} stands, but weaker ones could not be moved behind it; a guard holds its place"
             failure = PFKeyError(f"{text} until the next call: {error}")
             failure.__cause__ = error
             work.fail(failure)

@@ -28,6 +28,7 @@ from pfkey import (
     connect,
 )
 from pfkey.embedded.profiles import PROFILE_NAMES
+from pfkey.errors import PFKeyError
 from pfkey.guards import alias_selectors
 from pfkey.reading import Rows
 
@@ -440,3 +441,19 @@ def test_guards_that_were_never_answered_do_not_hold_each_other_for_ever(profile
     assert sorted(str(policy.selector) for policy in rig.held()) == sorted(
         str(one) for _, one in rig.tracker.policies()
     )
+
+
+@pytest.mark.parametrize("profile", LISTS)
+def test_a_policy_that_could_not_be_moved_behind_a_stronger_one_is_told_and_mended_by_a_resync(profile: str) -> None:
+    rig = Rig(profile)
+    strong = Assignment(*X.templates, spi=0xCA, priority=1000)
+    rig.tracker.add(OUT, SITE, strong)
+    rig.tracker.add(OUT, NARROW, X)
+    rig.tracker.add(OUT, SITE, X)
+    rig.embedded.fail_next(ADD, "ENOMEM")
+    with pytest.raises(PFKeyError, match="stands in front of a stronger policy"):
+        rig.tracker.remove(OUT, SITE, strong)
+    assert rig.tracker.assignments(OUT, SITE) == (X,)
+    assert [policy.selector for policy in rig.held()] == [SITE, NARROW]
+    rig.tracker.resync()
+    assert [policy.selector for policy in rig.held()] == [NARROW, SITE]
