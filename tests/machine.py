@@ -335,7 +335,7 @@ class Play:
         assert Counter((*change.sent, *change.guard)) == counted, f"{change!r} was told, {counted} was sent"
         assert len(change.sent) <= 1
         desired = None if top is None else self.image(where, top)
-        ours = held is not None and (held.whose == "ours" or self.setup.ownership == "adopt")
+        ours = held is not None and (held.whose != "foreign" or self.setup.ownership == "adopt")
         if held is not None and ours and desired == image_of_policy(held.policy, self.abi):
             # Where order is by insertion, another rank with the same image moves it, or others behind it.
             kinds = [sent.type for sent in writes if sent.key is not None]

@@ -281,8 +281,8 @@ class World:
         if info.key is None:
             return "foreign"
         before = next((gone for gone in self._gone if gone.key == info.key and gone.guard is None), None)
-        if before is not None:
-            return "foreign" if before.whose == "foreign" else "shared"
+        if before is not None and before.whose != "foreign":
+            return "shared"
         where = self.by_key[info.key]
         book = self.beliefs
         if book is None:
