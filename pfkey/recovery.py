@@ -52,8 +52,11 @@ def recover(book: Book, waiting: Collection[TrackedPolicy]) -> Steps:
     yield from take_stock(book, rows, waiting)
 
 
-def take_stock(book: Book, rows: Rows, waiting: Collection[TrackedPolicy] = ()) -> Steps:
-    """Look through all policies that there are: for guards that were left behind, and for what is ours."""
+def take_stock(book: Book, rows: Rows, waiting: Collection[TrackedPolicy] = ()) -> Run[Rows]:
+    """Look through all policies that there are: for guards that were left behind, and for what is ours.
+
+    What there is then is returned, read again when it was changed.
+    """
     book.recovered = True
     try:
         if (yield from see_to_guards(book, rows)):
@@ -61,11 +64,12 @@ def take_stock(book: Book, rows: Rows, waiting: Collection[TrackedPolicy] = ()) 
                 rows = yield from dump(book)
             except (PFKeyError, OSError) as error:
                 log.warning("policies of a former process are not known: %s", error)
-                return
+                return rows
         _note_former(book, rows, waiting)
     except BaseException:  # Ctrl-C, a cancelled task: nobody knows how far it came
         book.recovered = False
         raise
+    return rows
 
 
 def _note_former(book: Book, rows: Rows, waiting: Collection[TrackedPolicy]) -> None:
@@ -175,6 +179,9 @@ def _put_in_order(book: Book, guards: Sequence[Policy], standing: dict[_Key, Pol
     for policy in moved[1:]:
         log.warning("%s is put behind what is stronger, which a former process did not come to do", policy)
         again = replace(policy, id=0, lifetime_current=None)
+        tracked = book.get(int(policy.direction), policy.selector)
+        if tracked is not None and tracked.installed.policy_id == policy.id:
+            book.note(tracked, tracked.installed.doubted())  # it gets another id
         (reply,) = yield Ask([policy_message(MessageType.SPDUPDATE, again, book.abi)])
         if isinstance(reply, PFKeyError):
             log.warning("it could not be, and the guards stay: %s", reply)

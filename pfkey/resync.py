@@ -46,7 +46,7 @@ def resync(book: Book, everything: Sequence[TrackedPolicy], *, by_hand: bool) ->
     """
     yield ENTER
     rows = yield from dump(book)
-    yield from take_stock(book, rows)
+    rows = yield from take_stock(book, rows)
     before = {tracked: tracked.installed for tracked in everything}
     differing = yield from compare(book, everything, rows)
     works = [
@@ -135,7 +135,7 @@ def sweep(book: Book, waiting: Collection[TrackedPolicy]) -> Run[list[TrackedPol
     """
     yield ENTER
     rows = yield from dump(book)
-    yield from take_stock(book, rows, waiting)
+    rows = yield from take_stock(book, rows, waiting)
     for tracked in waiting:
         book.remember(tracked, was_just_read=True)
         book.keep(tracked)

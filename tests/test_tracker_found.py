@@ -6,6 +6,7 @@ from contextlib import suppress
 
 import pytest
 from faulty import Fault, FaultyChannel, interrupts
+from machine import Setup, playing
 
 from pfkey import (
     Abi,
@@ -457,3 +458,18 @@ def test_a_policy_that_could_not_be_moved_behind_a_stronger_one_is_told_and_mend
     assert [policy.selector for policy in rig.held()] == [SITE, NARROW]
     rig.tracker.resync()
     assert [policy.selector for policy in rig.held()] == [NARROW, SITE]
+
+
+def test_a_policy_that_the_search_for_a_former_life_put_in_order_is_known_by_its_new_id() -> None:
+    """A process dies while it moves policies, and its successor adopts one before all of them are in order."""
+    with playing("netbsd", Setup(ownership="adopt")) as play:
+        site, narrow, plain = play.where(0), play.where(2), play.what(0)
+        for place in (site, narrow):
+            play.call("add", place, None, plain)
+        play.call("add", play.where(17), None, plain)
+        play.small_buffer(200, listener=True)
+        play.tunnel(play.what(2), remove=False)
+        play.will_die(5, delivered=False)
+        play.call("add", site, None, play.what(10))
+        play.call("add", narrow, None, plain)
+        play.settle()
