@@ -61,7 +61,7 @@ def settle(book: Book, works: Sequence[Work]) -> Steps:
     except GeneratorExit:
         raise
     except BaseException:
-        guarded = [Work(work.tracked) for work in works if work.tracked.leftover]
+        guarded = [Work(work.tracked, claimed=work.claimed) for work in works if work.tracked.leftover]
         if guarded:
             log.warning("interrupted while guards stand; they are seen to first")
             yield from _rounds(book, guarded)

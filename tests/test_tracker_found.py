@@ -473,3 +473,15 @@ def test_a_policy_that_the_search_for_a_former_life_put_in_order_is_known_by_its
         play.call("add", site, None, play.what(10))
         play.call("add", narrow, None, plain)
         play.settle()
+
+
+def test_an_interrupt_after_a_refused_update_does_not_get_the_policy_of_a_former_life_deleted() -> None:
+    with playing("freebsd-11", Setup(owner="the machine")) as play:
+        play.tunnel(play.what(0), remove=False)
+        play.restart(readd=0, sweep=False)
+        play.resync()
+        play.interrupt(6)
+        play.fault(UPD, "before", "ENOMEM", 0)
+        play.fault(ADD, "before", "ENOMEM", 0)
+        play.tunnel(play.what(2), remove=False)
+        play.settle()
