@@ -19,17 +19,11 @@ from .book import Book
 from .guarding import refuse_behind, stand_guards
 from .reading import Ask, Run, Steps, policy_of
 from .tracker import State, Step, TrackedPolicy
-from .work import Work, drop_leftovers, say_more, start, take
+from .work import Work, by_rank, drop_leftovers, say_more, start, take
 
-__all__ = ["by_rank", "left_beside", "moves", "needs_order", "reorder", "tidy"]
+__all__ = ["left_beside", "moves", "needs_order", "reorder", "tidy"]
 
 _INSTALLS = (Step.ADD, Step.UPDATE)
-
-
-def by_rank(work: Work) -> tuple[int, int]:
-    """The order that policies ought to have; what nobody uses any more comes last."""
-    rank = work.tracked.rank
-    return 0xFFFFFFFF if rank is None else rank, work.tracked.installed.policy_id
 
 
 def tidy(book: Book, works: Sequence[Work], beside: list[Work]) -> Steps:
@@ -45,7 +39,7 @@ def tidy(book: Book, works: Sequence[Work], beside: list[Work]) -> Steps:
         mover.step = Step.NOTHING
     beside += movers
     helpers = [*standing, *beside]
-    yield from drop_leftovers(book, sorted(helpers, key=by_rank, reverse=True))
+    yield from drop_leftovers(book, helpers)
     for helper, work in zip(standing, works, strict=True):
         work.guards += helper.guards
         work.notes += [note for note in helper.notes if note not in work.notes]

@@ -138,7 +138,6 @@ def sweep(book: Book, waiting: Collection[TrackedPolicy]) -> Run[list[TrackedPol
     rows = yield from take_stock(book, rows, waiting)
     for tracked in waiting:
         book.remember(tracked, was_just_read=True)
-        book.keep(tracked)
     wanted: dict[TrackedPolicy, Policy] = {}
     for number in sorted(range(len(rows.numbers)), key=lambda number: rows.numbers[number].id):
         row = rows.numbers[number]

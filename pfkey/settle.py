@@ -21,10 +21,10 @@ from .messages import Policy
 from .overlaps import overlap
 from .reading import ENTER, Ask, Run, Steps, policy_of, read
 from .recovery import AT_WORK, recover
-from .reorder import by_rank, left_beside, moves, needs_order, reorder, tidy
+from .reorder import left_beside, moves, needs_order, reorder, tidy
 from .tracker import Installed, State, Step, TrackedPolicy, decide, image_text
 from .typed import policy_message
-from .work import MESSAGES, StoredOtherwise, Work, drop_leftovers, start, take, uncertain
+from .work import MESSAGES, StoredOtherwise, Work, by_rank, drop_leftovers, start, take, uncertain
 
 __all__ = ["settle"]
 
@@ -290,7 +290,7 @@ def _install(book: Book, works: Sequence[Work]) -> Steps:
 def _remove(book: Book, works: Sequence[Work], beside: Sequence[Work]) -> Steps:
     """Delete guards whose policy stands, and policies that nobody uses."""
     once = {work.tracked: work for work in [*beside, *works]}
-    yield from drop_leftovers(book, sorted(once.values(), key=by_rank, reverse=True) if beside else works)
+    yield from drop_leftovers(book, once.values())
     going = [work for work in works if work.step is Step.DELETE and work.tracked.installed.state is State.OURS]
     failed = [work for work in works if work.error is not None and work.step is not Step.DELETE]
     if failed:

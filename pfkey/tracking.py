@@ -161,17 +161,26 @@ class Tracking:
         try:
             if transaction.sweep:
                 try:
-                    taken = yield from sweep(book, set(transaction))
-                except PFKeyError as error:
-                    transaction.not_swept, taken = error, []
-                for tracked in taken:
-                    yield from self._seize(tracked, transaction)
+                    yield from self._sweep(transaction)
+                except BaseException:  # Ctrl-C, a cancelled task: nothing was sent for the lists yet
+                    transaction.roll_back()
+                    raise
             works = transaction.works(book)
             if works:
                 yield from settle(book, works)
             transaction.finish(works)
         finally:
             self._end(transaction)
+
+    def _sweep(self, transaction: Transaction) -> Steps:
+        """Take in what nobody wants; when it cannot be looked for, the rest is carried out, and the error told then."""
+        try:
+            taken = yield from sweep(self.book, set(transaction))
+        except (PFKeyError, OSError) as error:
+            transaction.not_swept = error
+            return
+        for tracked in taken:
+            yield from self._seize(tracked, transaction)
 
     def flush(self) -> Run[tuple[Change, ...]]:
         """Delete whatever is tracked."""

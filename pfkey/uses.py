@@ -126,7 +126,7 @@ class Transaction:
         """What was touched in turn: in how many steps, and whether something had been added to it before."""
         self._changes: list[tuple[TrackedPolicy, Change]] = []
         self.over = False
-        self.not_swept: PFKeyError | None = None
+        self.not_swept: PFKeyError | OSError | None = None
         """Why what nobody wants could not be looked for; what is wanted is installed all the same."""
 
     def __len__(self) -> int:

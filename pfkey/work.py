@@ -24,6 +24,7 @@ __all__ = [
     "Change",
     "StoredOtherwise",
     "Work",
+    "by_rank",
     "drop_leftovers",
     "refused",
     "say_more",
@@ -235,8 +236,19 @@ def _tell_repair(work: Work, text: str) -> None:
 # Guards that have done their duty.
 
 
+def by_rank(work: Work) -> tuple[int, int]:
+    """The order that policies ought to have; what nobody uses any more comes last."""
+    rank = work.tracked.rank
+    return 0xFFFFFFFF if rank is None else rank, work.tracked.installed.policy_id
+
+
 def drop_leftovers(book: Book, works: Iterable[Work]) -> Steps:
-    """Delete the guards of policies that stand as they should, or are wanted by nobody, in this order."""
+    """Delete the guards of policies that stand as they should, or are wanted by nobody.
+
+    Where order is by insertion one by one, the weakest first: each may hold the place of what stands behind it.
+    """
+    if not book.abi.has_priority:
+        works = sorted(works, key=by_rank, reverse=True)
     going: list[tuple[Work, Policy]] = []
     for work in works:
         state = work.tracked.installed.state
@@ -251,7 +263,7 @@ def drop_leftovers(book: Book, works: Iterable[Work]) -> Steps:
     if book.abi.has_priority:
         yield from _delete_guards(book, going)
         return
-    for one in going:  # one by one, the weakest first: each may hold the place of what stands behind it
+    for one in going:
         if not book.is_behind_weaker(one[0].tracked):
             yield from _delete_guards(book, [one])
 

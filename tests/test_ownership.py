@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
-from faulty import rejects, spoils
+from faulty import interrupts, rejects, spoils
 from rig import ALL, BSD, DROP, ESP, IN, LINUX, MOVED, OUT, UNLINK_FIRST, Rig
 from scenarios import ADD, DEL, UPD
 
@@ -271,6 +273,40 @@ def test_a_sweep_that_cannot_read_does_not_keep_what_is_wanted_from_being_instal
     with pytest.raises(PFKeyError, match="ENOMEM"), rig.tracker.transaction(sweep=True):
         rig.tracker.add(OUT, SITE, ESP)
     assert rig.held(SITE) is not None
+    rig.agrees()
+
+
+def test_a_sweep_whose_channel_fails_carries_out_what_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig("linux", owner="us")
+    rig.tracker.add(OUT, SITES[0], ESP)
+
+    def broken(timeout: float | None) -> bytes:
+        monkeypatch.undo()
+        raise OSError(errno.EIO, "the channel broke")
+
+    rig.fault(MessageType.SPDDUMP, lambda channel, data: monkeypatch.setattr(channel, "receive", broken))
+    with pytest.raises(OSError, match="the channel broke"), rig.tracker.transaction(sweep=True):
+        rig.tracker.add(OUT, SITE, ESP)
+    assert rig.held(SITE) is not None
+    rig.agrees()
+
+
+def test_a_sweep_that_is_interrupted_while_it_reads_leaves_the_lists_as_they_were() -> None:
+    rig = Rig("linux", owner="us")
+    rig.tracker.add(OUT, SITE, ESP)
+    tracker = rig.restart(owner="us")
+    rig.fault(MessageType.SPDDUMP, interrupts)
+    with pytest.raises(KeyboardInterrupt), tracker.transaction(sweep=True):
+        tracker.add(OUT, SITES[0], ESP)
+        tracker.add(OUT, SITE, ESP)
+    assert tracker.assignments(OUT, SITES[0]) == tracker.assignments(OUT, SITE) == ()
+    tracker.resync()
+    assert rig.held(SITE) is not None, "a former life's, which nobody has asked to delete"
+    with rig.counting() as told:
+        tracker.add(OUT, SITE, ESP)
+    assert told == []
+    with tracker.transaction(sweep=True):
+        tracker.add(OUT, SITES[0], ESP)
     rig.agrees()
 
 

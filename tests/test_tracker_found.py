@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import pytest
 from faulty import Fault, FaultyChannel, interrupts
-from machine import Setup, playing
+from machine import Change, Setup, playing
 
 from pfkey import (
     Abi,
@@ -484,4 +484,14 @@ def test_an_interrupt_after_a_refused_update_does_not_get_the_policy_of_a_former
         play.fault(UPD, "before", "ENOMEM", 0)
         play.fault(ADD, "before", "ENOMEM", 0)
         play.tunnel(play.what(2), remove=False)
+        play.settle()
+
+
+@pytest.mark.parametrize("profile", ["freebsd-10", "netbsd", "macos"])
+def test_guards_that_hold_each_others_places_go_in_one_call(profile: str) -> None:
+    with playing(profile, Setup()) as play:
+        play.transaction([Change("add", 3, 17, 0), Change("add", 0, 0, 0)], raises=None, sweep=False)
+        play.fault(ADD, "before", "ENOMEM", 0)
+        play.interrupt(0)
+        play.transaction([Change("add", 0, 2, 0), Change("add", 3, 0, 0)], raises=None, sweep=False)
         play.settle()
