@@ -1,7 +1,7 @@
 """The tracker as a state machine: random calls, faults, foreign changes, deaths and restarts, on every embedded system.
 
 PFKEY_MACHINES says how many plays of each system, PFKEY_MACHINE_STEPS how many steps each; `.ci/long machine` plays a
-million steps.  What must be true is in machine.py.
+million steps.  What must be true is in machine_checks.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from machine import Change, Play, Setup, playing
+from machine_checks import settled
 
 from pfkey import Kernel, Message, MessageType, PolicyTracker
 from pfkey.embedded.profiles import PROFILE_NAMES
@@ -197,7 +198,7 @@ class Machine(RuleBasedStateMachine):
                 return
             self.play.settle()
             self.play.flush()
-            self.play.check_settled()
+            settled(self.play)
             COUNTS["looks"] += self.play.world.counts["looks"]
         finally:
             self.play.end()
@@ -316,7 +317,7 @@ def test_control_lists_that_keep_what_was_refused_are_seen(monkeypatch: pytest.M
 
 def test_control_callers_that_wait_for_ever_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a policy that nobody lets go."""
-    monkeypatch.setattr("machine.PATIENCE", 2)
+    monkeypatch.setattr("machine_threads.PATIENCE", 2)
     with playing("linux", Setup()) as play:
         play.call("add", play.where(0), None, play.what(0))
         (tracked,) = play.book
