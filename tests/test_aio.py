@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from holding import Holding
+from package import ROOT
 from served import native_channel
 from test_link import LATE, Lost, discard, is_late, site
 
@@ -396,4 +397,4 @@ def test_import_pfkey_leaves_asyncio_alone() -> None:
     script = (
         "import sys, pfkey; assert 'asyncio' not in sys.modules; pfkey.connect; assert 'asyncio' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from package import ROOT
 
 from pfkey import (
     Action,
@@ -258,10 +259,6 @@ def process(*command: str, **environment: str) -> subprocess.CompletedProcess[st
     return subprocess.run(
         command, capture_output=True, text=True, timeout=60, check=False, env=os.environ | environment, cwd=ROOT
     )
-
-
-ROOT = Path(cli.__file__).parent.parent
-"""Where the package under test is, so that a process finds the same one."""
 
 
 def test_as_a_module() -> None:

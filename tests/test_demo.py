@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from package import ROOT
 
 from pfkey import Assignment, Direction, MessageType, Policy, PolicyTracker, Selector, cli, connect, stage
 from pfkey.embedded import EmbeddedKernel
 from pfkey.embedded.profiles import PROFILE_NAMES
 
 PROFILES = ("linux", "freebsd-12", "freebsd-13", "freebsd-14")
-ROOT = Path(cli.__file__).parent.parent
 
 # What each direction of the tunnel costs in each chapter, by pfkey, by always updating, by delete + add.
 COSTS = {

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from faulty import FaultyChannel
+from package import ROOT
 from rig import BSD, ESP, MOVED, OUT, Rig
 from scenarios import UPD
 
@@ -31,7 +32,7 @@ def holder(path: Path) -> Iterator[subprocess.Popen[str]]:
         "print('held', flush=True)\nsys.stdin.read()\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script, "ikedaemon"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, "ikedaemon"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
     try:
         assert process.stdout is not None

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from package import ROOT
 
-import pfkey
 from pfkey import cli
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -40,9 +40,8 @@ SCRIPTS = [text for kind, text in BLOCKS if kind == "python"]
 def test_the_scripts_print_what_the_readme_says(number: int) -> None:
     """Each script stands before the text that it prints."""
     after = BLOCKS[BLOCKS.index(("python", SCRIPTS[number])) + 1]
-    root = str(Path(pfkey.__file__).parent.parent)
     ran = subprocess.run(
-        [sys.executable, "-c", SCRIPTS[number]], capture_output=True, text=True, timeout=60, check=False, cwd=root
+        [sys.executable, "-c", SCRIPTS[number]], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT
     )
     assert (("text", ran.stdout), ran.stderr) == (after, "")
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opinion import values, verdict
+from package import ROOT
 from wire import EVERYTHING, Recorded, mirrored
 
 from pfkey import Abi, DecodeError, Message, _formats, decode, encode, schema
@@ -166,4 +167,4 @@ def test_it_is_not_imported_with_the_package() -> None:
     import sys
 
     script = "import pfkey, sys; sys.exit('construct' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", script], check=False, cwd=ROOT).returncode == 0

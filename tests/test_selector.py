@@ -16,6 +16,7 @@ import pytest
 from embedded_client import ALL, IN, OUT, TUNNEL, Client, discard, esp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from package import ROOT
 from wire import EVERYTHING, mirrored
 from wire_case import LINUX
 
@@ -161,7 +162,7 @@ def test_the_identity_of_a_scope_is_the_same_in_every_process() -> None:
     selector = Selector("fe80::1%em0", "fe80::2%3")
     script = "import pickle, sys; one = pickle.load(sys.stdin.buffer); print(one.identity, one == one.replace())"
     answer = subprocess.run(
-        [sys.executable, "-c", script], input=pickle.dumps(selector), capture_output=True, check=True
+        [sys.executable, "-c", script], input=pickle.dumps(selector), capture_output=True, check=True, cwd=ROOT
     )
     assert answer.stdout.decode().strip() == f"{selector.identity} True"
 

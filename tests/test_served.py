@@ -15,11 +15,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from embedded_client import ALL, OUT, SITE, discard, esp
+from package import ROOT
 
 from pfkey import (
     Abi,
@@ -304,7 +306,7 @@ for number in range(1000):
 
 def killed_at(server: Server, message: int) -> None:
     """Run a client and kill it, in the middle of its n-th message."""
-    child = subprocess.Popen([sys.executable, "-c", CLIENT, server.path])
+    child = subprocess.Popen([sys.executable, "-c", CLIENT, server.path], cwd=ROOT)
     steps = []
 
     def look(name: str, kernel: EmbeddedKernel) -> None:
@@ -454,18 +456,18 @@ def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProc
         text=True,
         timeout=60,
         env=os.environ | environment,
+        cwd=ROOT,
     )
 
 
 @pytest.mark.parametrize(("number", "json_wanted"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
 def test_the_command_serves_until_it_is_interrupted(number: signal.Signals, json_wanted: bool, path: str) -> None:
     command = [sys.executable, "-m", "pfkey", "embedded", "--listen", path, "--kernel-profile", "netbsd"]
-    child = subprocess.Popen([*command, *["--json"] * json_wanted], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([*command, *["--json"] * json_wanted], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert child.stdout is not None
     first = child.stdout.readline()
     if json_wanted:
-        rest = "".join(iter(child.stdout.readline, "}\n"))
-        told = json.loads(first + rest + "}")
+        told = json.loads(first + "".join(takewhile("}\n".__ne__, child.stdout)) + "}")
         assert told == {"kernel": f"unix:{path}", "profile": "netbsd", "abi": abi_name(Abi.netbsd())}
     else:
         assert first == f"netbsd (NetBSD) on unix:{path}; Ctrl-C ends it and forgets everything\n"
