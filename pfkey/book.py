@@ -126,21 +126,27 @@ class Book:
     def _give_back(self, tracked: TrackedPolicy) -> None:
         """Nobody came to use it: what a former life left stays as it is."""
         key = (int(tracked.direction), tracked.selector.identity)
-        orphans, former = self._lent.pop(tracked)
+        _, former = self._lent.pop(tracked)
         state = tracked.installed.state
-        stay = [guard for guard in tracked.leftover if state is State.ABSENT or guard in orphans]
-        if stay:
-            self.orphans[key] = stay
-            tracked.leftover = tuple(guard for guard in tracked.leftover if guard not in stay)
+        if tracked.leftover:
+            self.orphans[key] = list(tracked.leftover)
+            tracked.leftover = ()
         if former is not None and state in _PRESENT:
             self.former[key] = tracked.installed if state is State.OURS else former
             self.note(tracked, ABSENT)
+
+    def _has_own_guard(self, tracked: TrackedPolicy) -> bool:
+        """Whether a guard of this life stands beside a policy of a former one."""
+        orphans, _ = self._lent[tracked]
+        return tracked.installed.state in _PRESENT and any(guard not in orphans for guard in tracked.leftover)
 
     def close(self, tracked: TrackedPolicy) -> None:
         """Forget it when nobody uses it and the kernel does not hold it."""
         if tracked in self._lent:
             if len(tracked):
                 self.keep(tracked)
+            elif self._has_own_guard(tracked):
+                return  # it stays lent until that is gone: so nobody takes the policy for one that is to go
             else:
                 self._give_back(tracked)
         if len(tracked) or tracked.installed.state in _PRESENT or tracked.leftover:

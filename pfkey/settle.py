@@ -187,7 +187,7 @@ def _decide(book: Book, work: Work, unread: BaseException | None) -> Step:
     step = decide(tracked.desired, tracked.installed)
     if step is Step.REFUSE:
         return _claim(book, work)
-    if len(tracked) and tracked.installed.state is State.OURS and book.is_lent(tracked):
+    if tracked.installed.state is State.OURS and book.is_lent(tracked):
         work.claimed = work.claimed or tracked.installed
     if work.claimed is not None and tracked.top is None:
         return Step.ADD if tracked.installed.state is State.ABSENT else Step.NOTHING

@@ -495,3 +495,39 @@ def test_guards_that_hold_each_others_places_go_in_one_call(profile: str) -> Non
         play.interrupt(0)
         play.transaction([Change("add", 0, 2, 0), Change("add", 3, 0, 0)], raises=None, sweep=False)
         play.settle()
+
+
+def test_a_policy_of_a_former_life_stays_when_a_guard_of_its_refused_update_does() -> None:
+    with playing("freebsd-11", Setup(owner="the machine")) as play:
+        play.call("add", play.where(0), None, play.what(2))
+        for kind, when, error in (
+            (DEL, "before", "ENOMEM"),
+            (ADD, "after", "ENOBUFS"),
+            (UPD, "before", "ENOMEM"),
+            (ADD, "before", "ENOMEM"),
+        ):
+            play.fault(kind, when, error, 0)
+        play.restart(readd=0, sweep=False)
+        play.transaction([Change("add", 0, 0, 0)], raises=None, sweep=False)
+        play.settle()
+        assert len(play.world.embedded.policies()) == 1
+
+
+@pytest.mark.parametrize("profile", ["linux", "freebsd-13"])
+@pytest.mark.parametrize("is_known", [False, True])
+def test_what_comes_and_goes_in_one_transaction_leaves_a_former_life_alone(profile: str, is_known: bool) -> None:
+    rig = Rig(profile, owner="me")
+    rig.tracker.add(OUT, SITE, X)
+    tracker = rig.restart(owner="me")
+    if is_known:
+        tracker.resync()
+    rig.channel.sent.clear()
+    with tracker.transaction():
+        tracker.add(OUT, SITE, X)
+        tracker.remove(OUT, SITE, X)
+    tracker.resync()
+    assert not {ADD, UPD, DEL} & set(rig.channel.types())
+    assert len(rig.held()) == 1
+    with tracker.transaction(sweep=True):
+        pass
+    assert rig.held() == []
