@@ -5,22 +5,20 @@ from __future__ import annotations
 from contextlib import suppress
 
 import pytest
-from faulty import Fault, FaultyChannel, interrupts
+from faulty import Fault, interrupts
 from machine import Change, Setup, playing
+from rig import OUT, Rig
 
 from pfkey import (
     Abi,
     Action,
     Assignment,
-    Direction,
     EmbeddedKernel,
     ForeignPolicy,
-    Kernel,
     KernelError,
     MessageType,
     NotTracked,
     Policy,
-    PolicyTracker,
     Rank,
     ReplyTimeout,
     Selector,
@@ -34,32 +32,12 @@ from pfkey.guards import alias_selectors
 from pfkey.reading import Rows
 
 ADD, UPD, DEL = MessageType.SPDADD, MessageType.SPDUPDATE, MessageType.SPDDELETE
-OUT = Direction.OUT
 SITE = Selector("10.1.0.0/16", "10.2.0.0/16")
 HOSTS = Selector("10.1.1.1", "10.2.1.1")
 X = Assignment(Template.tunnel("192.0.2.1", "198.51.100.1", reqid=1), spi=0xC1)
 PASS = Assignment(action=Action.NONE, rank=Rank.PASS)
 DROP = Assignment(action=Action.DISCARD, rank=Rank.FALLBACK)
 MOVED = Assignment(Template.tunnel("192.0.2.1", "198.51.100.99", reqid=1), spi=0xC2)
-
-
-class Rig:
-    """An embedded kernel, a tracker over a connection that records, and a second connection."""
-
-    def __init__(self, profile: str, **how: object) -> None:
-        self.embedded = EmbeddedKernel(profile)
-        self.other = connect(self.embedded.connect())
-        self.tracker = self.restart(**how)
-
-    def restart(self, **how: object) -> PolicyTracker:
-        """A new process with a tracker of its own."""
-        self.channel = FaultyChannel(self.embedded.connect())
-        self.kernel: Kernel = connect(self.channel, timeout=0.05)
-        self.tracker = PolicyTracker(self.kernel, **how)  # type: ignore[arg-type]
-        return self.tracker
-
-    def held(self) -> list[Policy]:
-        return self.embedded.policies()
 
 
 def test_a_policy_with_the_tag_of_another_tracker_is_not_taken_for_what_a_lost_message_made() -> None:
@@ -72,7 +50,7 @@ def test_a_policy_with_the_tag_of_another_tracker_is_not_taken_for_what_a_lost_m
     with pytest.raises(ForeignPolicy):
         tracker.add(OUT, SITE, X)
     tracker.flush()
-    assert [policy.action for policy in rig.held()] == [Action.IPSEC]
+    assert [policy.action for policy in rig.embedded.policies()] == [Action.IPSEC]
 
 
 @pytest.mark.parametrize("profile", ["freebsd-11", "freebsd-13", "freebsd-14", "netbsd", "macos"])
@@ -85,7 +63,7 @@ def test_two_ipv6_hosts_are_guarded_by_an_alias_with_a_scope(profile: str) -> No
     assert (change.sent, change.guard) == ((UPD,), (ADD, DEL))
     assert probe.bare == 0
     assert {step.policy.action for step in probe.log if step.policy} == {Action.IPSEC}
-    assert len(rig.held()) == 1
+    assert len(rig.embedded.policies()) == 1
 
 
 def test_a_guard_of_unknown_outcome_leaves_the_assignment_recorded_as_the_error_says() -> None:
@@ -95,9 +73,9 @@ def test_a_guard_of_unknown_outcome_leaves_the_assignment_recorded_as_the_error_
     with pytest.raises(ReplyTimeout):
         rig.tracker.add(OUT, SITE, MOVED)
     assert rig.tracker.assignments(OUT, SITE) == (MOVED, X)
-    assert [policy.templates for policy in rig.held()] == [X.templates]
+    assert [policy.templates for policy in rig.embedded.policies()] == [X.templates]
     assert rig.tracker.remove(OUT, SITE, X).sent == (UPD,)
-    assert [policy.templates for policy in rig.held()] == [MOVED.templates]
+    assert [policy.templates for policy in rig.embedded.policies()] == [MOVED.templates]
 
 
 def test_a_guard_that_was_refused_leaves_the_list_as_it_was() -> None:
@@ -130,7 +108,7 @@ def test_what_was_found_late_of_a_former_life_is_not_believed_again_when_it_is_g
     rig.tracker.add(OUT, HOSTS, X)  # now it finds the policy that the same tracker has made since
     rig.tracker.remove(OUT, SITE, X)
     assert rig.tracker.add(OUT, SITE, X).sent == (ADD,)
-    assert len(rig.held()) == 2
+    assert len(rig.embedded.policies()) == 2
 
 
 def test_a_guard_of_a_former_life_that_stays_is_counted_once() -> None:
@@ -142,15 +120,15 @@ def test_a_guard_of_a_former_life_that_stays_is_counted_once() -> None:
     with pytest.raises(KernelError):
         rig.tracker.add(OUT, HOSTS, MOVED)
     rig.embedded._faults.clear()
-    for policy in rig.held():
+    for policy in rig.embedded.policies():
         if policy.selector == HOSTS:
             rig.other.delete_policy(policy)
-    assert [policy.action for policy in rig.held()] == [Action.DISCARD]
+    assert [policy.action for policy in rig.embedded.policies()] == [Action.DISCARD]
     tracker = rig.restart()
     for _ in range(3):
         tracker.resync()
     assert tracker.add(OUT, HOSTS, X).guard == (DEL,)
-    assert [policy.selector for policy in rig.held()] == [HOSTS]
+    assert [policy.selector for policy in rig.embedded.policies()] == [HOSTS]
 
 
 @pytest.mark.parametrize("profile", PROFILE_NAMES)
@@ -183,7 +161,7 @@ def test_a_resync_is_not_taken_in_by_the_dead_that_a_dump_shows(profile: str) ->
     rig.other.flush_policies()
     (difference,) = rig.tracker.resync()
     assert difference.error is None
-    assert len(rig.held()) == 1
+    assert len(rig.embedded.policies()) == 1
 
 
 @pytest.mark.parametrize("profile", PROFILE_NAMES)
@@ -195,12 +173,12 @@ def test_a_guard_is_not_deleted_for_the_sake_of_a_dead_policy(profile: str) -> N
         rig.embedded.fail_next(DEL, "ENOMEM")
     rig.tracker.add(OUT, SITE, MOVED)
     rig.embedded._faults.clear()
-    assert len(rig.held()) == 2
+    assert len(rig.embedded.policies()) == 2
     rig.other.delete_policy(Policy(OUT, SITE))
     with rig.embedded.probe(OUT, SITE) as probe:
         rig.restart().resync()
     assert probe.bare == 0
-    assert [policy.selector for policy in rig.held()] == [SITE], "the guard was promoted"
+    assert [policy.selector for policy in rig.embedded.policies()] == [SITE], "the guard was promoted"
 
 
 @pytest.mark.parametrize("profile", ["linux", "freebsd-13"])
@@ -217,7 +195,7 @@ def test_asking_for_a_policy_of_a_former_life_does_not_get_it_deleted(profile: s
         raise ZeroDivisionError
     tracker.resync()
     tracker.flush()
-    assert [policy.selector for policy in rig.held()] == [SITE]
+    assert [policy.selector for policy in rig.embedded.policies()] == [SITE]
     assert tracker.add(OUT, SITE, X).sent == ()
     assert tracker.remove(OUT, SITE, X).sent == (DEL,)
 
@@ -235,9 +213,9 @@ def test_asking_for_a_policy_does_not_get_its_orphaned_guard_deleted() -> None:
     with pytest.raises(NotTracked):
         tracker.remove(OUT, HOSTS, X)
     tracker.resync()
-    assert [policy.action for policy in rig.held()].count(Action.DISCARD) == 1
+    assert [policy.action for policy in rig.embedded.policies()].count(Action.DISCARD) == 1
     tracker.add(OUT, HOSTS, X)
-    assert [policy.action for policy in rig.held()].count(Action.DISCARD) == 0
+    assert [policy.action for policy in rig.embedded.policies()].count(Action.DISCARD) == 0
 
 
 def test_a_sweep_takes_an_orphaned_guard_of_ours_along() -> None:
@@ -248,11 +226,11 @@ def test_a_sweep_takes_an_orphaned_guard_of_ours_along() -> None:
     rig.tracker.add(OUT, HOSTS, MOVED)
     rig.embedded._faults.clear()
     rig.other.delete_policy(Policy(OUT, HOSTS))
-    assert [policy.action for policy in rig.held()] == [Action.DISCARD]
+    assert [policy.action for policy in rig.embedded.policies()] == [Action.DISCARD]
     tracker = rig.restart(owner="me")
     with tracker.transaction(sweep=True):
         tracker.add(OUT, SITE, X)
-    assert [policy.selector for policy in rig.held()] == [SITE]
+    assert [policy.selector for policy in rig.embedded.policies()] == [SITE]
     assert len(tracker) == 1
 
 
@@ -269,7 +247,7 @@ def test_a_dump_that_never_comes_whole_is_not_waited_for_at_every_call() -> None
         tracker.add(OUT, SITE, assignment)
     dumps = [message.type for message in rig.channel.sent].count(MessageType.SPDDUMP)
     assert dumps == 1
-    assert len([policy for policy in rig.held() if policy.selector.identity == SITE.identity]) == 1
+    assert len([policy for policy in rig.embedded.policies() if policy.selector.identity == SITE.identity]) == 1
 
 
 @pytest.mark.parametrize("profile", ["freebsd-10", "netbsd", "macos"])
@@ -285,7 +263,7 @@ def test_a_selector_that_turns_out_to_be_taken_does_not_stop_a_move(profile: str
         rig.tracker.add(OUT, narrower, X)
         rig.tracker.replace(OUT, wider, X, MOVED)
     assert list(raised.value.errors) == [f"out {narrower}"]
-    held = {str(policy.selector): policy for policy in rig.held()}
+    held = {str(policy.selector): policy for policy in rig.embedded.policies()}
     assert held[str(wider)].templates == MOVED.templates
     assert held[str(narrower)].action == Action.DISCARD
     assert len(held) == 2
@@ -311,7 +289,7 @@ def test_a_guard_is_not_taken_for_gone_because_its_deletion_was_refused(profile:
     rig.embedded.fail_next(DEL, "EINVAL")
     rig.tracker.replace(OUT, SITE, X, MOVED)
     rig.tracker.remove(OUT, SITE, MOVED)
-    assert rig.held() == []
+    assert rig.embedded.policies() == []
 
 
 UNLINKING = [name for name in PROFILE_NAMES if not name.startswith("linux")]
@@ -329,14 +307,14 @@ def test_a_refused_update_leaves_the_policy_of_a_former_life(profile: str, when:
     with rig.embedded.probe(OUT, SITE) as probe, pytest.raises(KernelError):
         tracker.add(OUT, SITE, MOVED)
     tracker.resync()
-    assert [policy.templates for policy in rig.held()] == [X.templates]
+    assert [policy.templates for policy in rig.embedded.policies()] == [X.templates]
     if profile != "freebsd-14":  # there the update of the only one is guarded against another danger
         assert probe.bare == 0
     assert tracker.assignments(OUT, SITE) == ()
     assert tracker.add(OUT, SITE, X).sent == ()
     with tracker.transaction(sweep=True):
         tracker.remove(OUT, SITE, X)
-    assert rig.held() == []
+    assert rig.embedded.policies() == []
 
 
 LISTS = ["freebsd-10", "netbsd", "macos"]
@@ -351,11 +329,11 @@ def test_another_rank_with_the_same_image_moves_what_has_to_follow(profile: str)
     strong = Assignment(*X.templates, spi=0xCA, priority=1000)
     rig.tracker.add(OUT, NARROW, X)
     rig.tracker.add(OUT, SITE, X)
-    assert [policy.selector for policy in rig.held()] == [NARROW, SITE]
+    assert [policy.selector for policy in rig.embedded.policies()] == [NARROW, SITE]
     rig.tracker.add(OUT, SITE, strong)
-    assert [policy.selector for policy in rig.held()] == [SITE, NARROW]
+    assert [policy.selector for policy in rig.embedded.policies()] == [SITE, NARROW]
     rig.tracker.replace(OUT, SITE, strong, weak)
-    assert [policy.selector for policy in rig.held()] == [NARROW, SITE]
+    assert [policy.selector for policy in rig.embedded.policies()] == [NARROW, SITE]
 
 
 @pytest.mark.parametrize("profile", LISTS)
@@ -365,9 +343,9 @@ def test_a_resync_puts_in_order_what_somebody_else_moved(profile: str) -> None:
     rig.tracker.add(OUT, SITE, X)
     first = next(policy for policy in rig.other.dump_policies() if policy.selector == NARROW)
     rig.other.update_policy(first)
-    assert [policy.selector for policy in rig.held()] == [SITE, NARROW]
+    assert [policy.selector for policy in rig.embedded.policies()] == [SITE, NARROW]
     rig.tracker.resync()
-    assert [policy.selector for policy in rig.held()] == [NARROW, SITE]
+    assert [policy.selector for policy in rig.embedded.policies()] == [NARROW, SITE]
 
 
 @pytest.mark.parametrize("profile", LISTS)
@@ -379,8 +357,8 @@ def test_an_add_that_meets_a_policy_does_not_stop_the_others_of_its_transaction(
         rig.tracker.replace(OUT, NARROW, X, MOVED)
         rig.tracker.add(OUT, SITE, X)
         rig.tracker.add(OUT, HOSTS, X)
-    assert [policy.selector for policy in rig.held()] == [HOSTS, NARROW, SITE]
-    assert [policy.templates for policy in rig.held()] == [X.templates, MOVED.templates, X.templates]
+    assert [policy.selector for policy in rig.embedded.policies()] == [HOSTS, NARROW, SITE]
+    assert [policy.templates for policy in rig.embedded.policies()] == [X.templates, MOVED.templates, X.templates]
 
 
 @pytest.mark.parametrize("profile", LISTS)
@@ -397,7 +375,7 @@ def test_a_guard_whose_answer_an_interrupt_lost_is_not_relied_on(profile: str) -
         rig.tracker.remove(OUT, SITE, strong)
     assert probe.bare == 0
     rig.tracker.resync()
-    assert [policy.selector for policy in rig.held()] == [NARROW, SITE]
+    assert [policy.selector for policy in rig.embedded.policies()] == [NARROW, SITE]
 
 
 @pytest.mark.parametrize("profile", [name for name in PROFILE_NAMES if not name.startswith("linux")])
@@ -411,9 +389,9 @@ def test_a_discard_guard_between_link_local_hosts_is_known_for_what_it_is(profil
     rig.tracker.add(OUT, hosts, MOVED)
     rig.embedded._faults.clear()
     assert {policy.selector.scopes for policy in rig.other.dump_policies()} == {("1", "1")}
-    assert len(rig.held()) == 2
+    assert len(rig.embedded.policies()) == 2
     rig.restart().resync()
-    (left,) = rig.held()
+    (left,) = rig.embedded.policies()
     assert left.action == Action.IPSEC
 
 
@@ -439,7 +417,7 @@ def test_guards_that_were_never_answered_do_not_hold_each_other_for_ever(profile
             rig.tracker.add(OUT, selector, assignment)
     deaf.close()
     assert [difference.error for difference in rig.tracker.resync() if difference.error is not None] == []
-    assert sorted(str(policy.selector) for policy in rig.held()) == sorted(
+    assert sorted(str(policy.selector) for policy in rig.embedded.policies()) == sorted(
         str(one) for _, one in rig.tracker.policies()
     )
 
@@ -455,9 +433,9 @@ def test_a_policy_that_could_not_be_moved_behind_a_stronger_one_is_told_and_mend
     with pytest.raises(PFKeyError, match="stands in front of a stronger policy"):
         rig.tracker.remove(OUT, SITE, strong)
     assert rig.tracker.assignments(OUT, SITE) == (X,)
-    assert [policy.selector for policy in rig.held()] == [SITE, NARROW]
+    assert [policy.selector for policy in rig.embedded.policies()] == [SITE, NARROW]
     rig.tracker.resync()
-    assert [policy.selector for policy in rig.held()] == [NARROW, SITE]
+    assert [policy.selector for policy in rig.embedded.policies()] == [NARROW, SITE]
 
 
 def test_a_policy_that_the_search_for_a_former_life_put_in_order_is_known_by_its_new_id() -> None:
@@ -527,7 +505,7 @@ def test_what_comes_and_goes_in_one_transaction_leaves_a_former_life_alone(profi
         tracker.remove(OUT, SITE, X)
     tracker.resync()
     assert not {ADD, UPD, DEL} & set(rig.channel.types())
-    assert len(rig.held()) == 1
+    assert len(rig.embedded.policies()) == 1
     with tracker.transaction(sweep=True):
         pass
-    assert rig.held() == []
+    assert rig.embedded.policies() == []
