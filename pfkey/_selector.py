@@ -165,7 +165,8 @@ class Selector:
     `source` and `destination` take a prefix in any form of `ipaddress`; the host bits they are given are kept, because
     kernels keep them and count 10.1.2.3/16 and 10.1.0.0/16 as two selectors.  `protocol` is a number or a name, None
     for any.  A port of 0 means any port.  For ICMP and ICMPv6 give `icmp_type` and `icmp_code` instead of ports (the
-    wire carries them in the two ports, so that a 0 there means any).
+    wire carries them in the two ports, so that a 0 there means any).  The BSDs compare those of ICMPv6 only: there a
+    policy with a type of ICMP (version 4) is stored and matches no packet.
 
     A selector does not change, and takes about 270 bytes; its prefixes become objects when they are asked for.
     """

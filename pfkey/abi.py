@@ -88,6 +88,9 @@ class Abi:
     """A selector keeps the scope of an IPv6 address (FreeBSD); Linux forgets it."""
     icmp_zero_is_any: bool = field(repr=False)
     """ICMP type 0 in a selector matches any type: it travels in the source port, where 0 is any."""
+    matches_icmp_types: bool = field(repr=False)
+    """Type and code of an ICMP (version 4) selector are compared with a packet's (Linux); KAME reads those of ICMPv6
+    only, so that such a selector matches no packet (setkey(8) has them for icmp6 alone; not tried on a live kernel)."""
     has_soft_policy_lifetime: bool = field(repr=False)
     """A policy may have a soft lifetime (Linux)."""
     replay_in_bytes: bool = field(repr=False)
@@ -220,6 +223,7 @@ class Abi:
             empty_ipsec_is_bypass=True,
             stores_scope=False,
             icmp_zero_is_any=True,
+            matches_icmp_types=True,
             has_soft_policy_lifetime=True,
             replay_in_bytes=False,
             maximum_replay_window=32,
@@ -409,6 +413,7 @@ def _freebsd(release: tuple[int, ...], byteorder: ByteOrder) -> Abi:
         empty_ipsec_is_bypass=False,
         stores_scope=True,
         icmp_zero_is_any=True,
+        matches_icmp_types=False,
         has_soft_policy_lifetime=False,
         replay_in_bytes=True,
         maximum_replay_window=(1 << 32) - 33 if replay_extension else 255 * 8,

@@ -13,6 +13,7 @@ from .errors import NotSupported
 from .guards import Guard, Kind, read_tag, tag_lifetime
 from .messages import Policy, PolicyExtension, Selector
 from .overlaps import OverlapIndex
+from .refusals import unmatched_icmp
 from .tracker import ABSENT, Image, Installed, Request, State, TrackedPolicy, image_of, image_of_policy
 from .typed import PolicyRow, templates_of
 
@@ -218,8 +219,13 @@ class Book:
         """The kernel said that it holds this now."""
         self.note(tracked, Installed(State.OURS, image, policy_id, was_ours=True))
 
-    def ties(self, tracked: TrackedPolicy) -> list[str]:
-        """Warnings about other policies that share the priority and some of the packets; three at most are named."""
+    def warnings(self, tracked: TrackedPolicy) -> tuple[str, ...]:
+        """What a person should know of a policy that the kernel takes without a word."""
+        unmatched = unmatched_icmp(tracked.selector, self.abi)
+        return (*((unmatched,) if unmatched else ()), *self._ties(tracked))
+
+    def _ties(self, tracked: TrackedPolicy) -> list[str]:
+        """Other policies that share the priority and some of the packets; three at most are named."""
         if not self.abi.has_priority or tracked.indexed is None:
             return []
         texts: list[str] = []

@@ -94,7 +94,7 @@ def explain(book: Book, tracked: TrackedPolicy) -> Explanation:
         would_send,
         would_guard,
         reason,
-        tuple(book.ties(tracked)),
+        book.warnings(tracked),
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from .abi import Abi
 from .constants import Action, Direction, Level, Mode, SAProtocol, UpperProtocol
 from .errors import EncodeError, NotSupported
-from .messages import Policy, Template
+from .messages import Policy, Selector, Template
 
-__all__ = ["check_policy"]
+__all__ = ["check_policy", "unmatched_icmp"]
 
 _STORED = (Action.IPSEC, Action.NONE, Action.DISCARD)
 
@@ -54,6 +54,16 @@ def _check_icmp(policy: Policy, abi: Abi) -> None:
         return
     if selector.protocol in (UpperProtocol.ICMP, UpperProtocol.ICMPV6):
         raise NotSupported(f"{policy}: {abi} takes ICMP type 0 for any type; leave it out if that is what is meant")
+
+
+def unmatched_icmp(selector: Selector, abi: Abi) -> str:
+    """Why a kernel of `abi` stores the selector and finds it for no packet; empty when it does find it."""
+    if abi.matches_icmp_types or selector.protocol != UpperProtocol.ICMP or not any(selector.wire_ports):
+        return ""
+    return (
+        f"{selector}: {abi} looks at type and code of ICMPv6 only, so that this policy matches no packet; leave them"
+        " out to have all of ICMP"
+    )
 
 
 def _check_scope(policy: Policy, abi: Abi) -> None:

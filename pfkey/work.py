@@ -205,7 +205,7 @@ def _acknowledged(book: Book, work: Work, echo: PolicyExtension | Policy) -> Non
     if work.error is not None and isinstance(work.error, KernelError) and not uncertain(work.error):
         _tell_repair(work, f"{book.abi} removes the policy in that case; it has been put back")
     if tracked.indexed != indexed:
-        work.warnings = tuple(book.ties(tracked))
+        work.warnings = book.warnings(tracked)
         for text in work.warnings:
             log.warning("%s", text)
 

@@ -156,6 +156,19 @@ def test_where_there_are_no_priorities_there_are_no_ties(profile: str) -> None:
     assert rig.tracker.add(OUT, WIDE, STRONG).warnings == ()
 
 
+@pytest.mark.parametrize("profile", ALL)
+def test_a_policy_that_the_kernel_finds_for_no_packet_is_told(profile: str) -> None:
+    rig = Rig(profile)
+    pings = Selector("10.1.0.0/16", "10.2.0.0/16", protocol="icmp", icmp_type=8)
+    warnings = rig.tracker.add(OUT, pings, ESP).warnings
+    rig.tracker.add(OUT, Selector("2001:db8:1::/48", "2001:db8:2::/48", protocol="icmp6", icmp_type=128), ESP)
+    packet = rig.embedded.packet(OUT, "10.1.0.1", "10.2.0.1", protocol=1, ports=(8, 0))
+    assert bool(warnings) == (packet.policy is None)
+    assert rig.tracker.explain(OUT, pings).warnings == warnings
+    if warnings:
+        assert "matches no packet; leave them out" in warnings[0]
+
+
 # Asking the kernel.
 
 

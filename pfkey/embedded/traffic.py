@@ -50,8 +50,8 @@ def make_packet(
     source, destination = ip_address(source), ip_address(destination)
     if source.version != destination.version:
         raise ValueError(f"a packet has one address family, not {source} -> {destination}")
-    if profile.dialect is Dialect.KAME and protocol == UpperProtocol.ICMP:
-        ports = (0, 0)  # the BSDs look at type and code of ICMPv6 only
+    if protocol == UpperProtocol.ICMP and not profile.abi.matches_icmp_types:
+        ports = (0, 0)
     number = UpperProtocol.ANY if protocol is None else protocol
     return Packet(source.version, int(source), int(destination), number, *ports, scope)
 
