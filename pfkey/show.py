@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any
 
 from .constants import Action, Direction, Mode, SAFlag, SAProtocol, SAState
+from .guards import Kind, Tag, tag_of
 from .messages import Lifetime, Policy, SecurityAssociation, Selector, Template
 from .target import open_kernel
 
@@ -69,8 +70,11 @@ def _sa_row(sa: SecurityAssociation, show_keys: bool, now: float) -> tuple[str, 
 
 def _policy_row(policy: Policy) -> tuple[str, ...]:
     rest = [f"id {policy.id}"]
+    tag = _tag(policy)
+    if tag is not None:
+        rest.append(f"tracked as {_name(Kind, tag.kind)} by {tag.owner:#09x}")
     for word, limit in (("soft", policy.lifetime_soft), ("hard", policy.lifetime_hard)):
-        if limit is not None and limit != Lifetime():
+        if limit is not None and limit != Lifetime() and not (tag is not None and word == "hard"):
             rest.append(f"{word} {_limit_text(limit)}")
     return (
         _name(Direction, policy.direction),
@@ -80,6 +84,12 @@ def _policy_row(policy: Policy) -> tuple[str, ...]:
         f"priority {policy.priority}",
         "  ".join(rest),
     )
+
+
+def _tag(policy: Policy) -> Tag | None:
+    """The mark of a tracker, which some kernels keep in the bytes of a hard lifetime and others in its addtime."""
+    hard = policy.lifetime_hard
+    return None if hard is None else tag_of(hard.bytes) or tag_of(hard.addtime)
 
 
 def _selector_text(selector: Selector) -> str:
@@ -147,7 +157,8 @@ def sa_record(sa: SecurityAssociation, *, show_keys: bool = False) -> dict[str, 
 
 
 def policy_record(policy: Policy) -> dict[str, JSONValue]:
-    """What the kernel says of a policy."""
+    """What the kernel says of a policy; `tag` is a tracker's mark in its hard lifetime, null when it has none."""
+    tag = _tag(policy)
     return {
         "direction": _name(Direction, policy.direction),
         **selector_record(policy.selector),
@@ -159,6 +170,7 @@ def policy_record(policy: Policy) -> dict[str, JSONValue]:
         "lifetime_current": _lifetime_record(policy.lifetime_current),
         "lifetime_soft": _lifetime_record(policy.lifetime_soft),
         "lifetime_hard": _lifetime_record(policy.lifetime_hard),
+        "tag": None if tag is None else {"kind": _name(Kind, tag.kind), "owner": f"{tag.owner:#09x}"},
     }
 
 

@@ -15,11 +15,13 @@ from package import ROOT
 
 from pfkey import (
     Action,
+    Assignment,
     Direction,
     Kernel,
     Lifetime,
     Mode,
     Policy,
+    PolicyTracker,
     SAProtocol,
     SecurityAssociation,
     Selector,
@@ -32,6 +34,7 @@ from pfkey import (
 from pfkey.constants import SAFlag, SAState
 from pfkey.embedded import EmbeddedKernel
 from pfkey.errors import NotSupported, kernel_error
+from pfkey.guards import owner_number
 from pfkey.messages import NATTraversal
 
 KEY, AUTH = bytes(range(16)), bytes(range(100, 132))
@@ -127,6 +130,19 @@ def test_policies_are_one_aligned_line_each(filled: Kernel, capsys: pytest.Captu
     assert lines[1].startswith("out  10.1.0.0/16 -> 10.2.0.1/32[443] tcp  ")
     assert "ipsec    esp/tunnel/192.0.2.1-198.51.100.1/unique:7  priority 1000  id " in lines[1]
     assert len({line.index("priority") for line in lines}) == 1
+
+
+@pytest.mark.parametrize("profile", ["linux", "freebsd-13"])
+def test_what_a_tracker_holds_is_told_and_not_shown_as_a_lifetime(profile: str) -> None:
+    with connect(f"embedded:{profile}") as kernel:
+        tracker = PolicyTracker(kernel, owner="my-daemon")
+        template = Template.tunnel("192.0.2.1", "198.51.100.1", reqid=1)
+        tracker.add(Direction.OUT, Selector("10.1.0.0/16", "10.2.0.0/16"), Assignment(template))
+        (policy,) = kernel.dump_policies()
+    owner = f"{owner_number('my-daemon'):#09x}"
+    (line,) = show.policy_lines([policy])
+    assert line.endswith(f"tracked as policy by {owner}")
+    assert show.policy_record(policy)["tag"] == {"kind": "policy", "owner": owner}
 
 
 def test_policies_as_json(filled: Kernel, capsys: pytest.CaptureFixture[str]) -> None:
