@@ -157,7 +157,8 @@ def sweep(book: Book, waiting: Collection[TrackedPolicy]) -> Run[list[TrackedPol
         if is_entry(tracked, policy):
             wanted[tracked] = policy
     for tracked, policy in wanted.items():
-        book.keep(tracked)
+        if not len(tracked):  # else somebody came to use it, and when that is refused it stays as it was
+            book.keep(tracked)
         if tracked.installed.state in (State.ABSENT, State.UNKNOWN):
             book.read(tracked, policy)
     taken = list(wanted)

@@ -323,3 +323,22 @@ def test_what_a_sweep_cannot_delete_is_told_and_tried_again() -> None:
     with tracker.transaction(sweep=True):
         pass
     assert {policy.selector for policy in rig.entries()} == {SITES[0]}
+
+
+@pytest.mark.parametrize("profile", ALL)
+def test_what_a_sweep_was_told_to_keep_stays_when_its_update_is_refused(profile: str) -> None:
+    rig = Rig(profile, owner="me")
+    rig.tracker.add(OUT, SITE, ESP)
+    tracker = rig.restart(owner="me")
+    tracker.add(OUT, SITES[1], ESP)
+    for kind in (ADD, UPD):
+        rig.embedded.fail_next(kind, "ENOMEM", "before")
+    with pytest.raises(TransactionError), tracker.transaction(sweep=True):
+        tracker.add(OUT, SITE, MOVED)
+    rig.embedded._faults.clear()
+    assert rig.held(SITE) is not None
+    assert all(difference.selector != SITE for difference in tracker.resync())
+    assert rig.held(SITE) is not None
+    with tracker.transaction(sweep=True):
+        pass
+    assert rig.held(SITE) is None
