@@ -52,6 +52,17 @@ def path(tmp_path: Path) -> str:
 
 
 @pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """Ctrl-C interrupts this process, and children that it starts, even where a shell started it with SIGINT ignored.
+
+    `nohup`, `setsid` and a shell's `&` do that, Python then installs no handler, and children inherit it.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
 def server(path: str) -> Iterator[Server]:
     with Server(EmbeddedKernel("linux"), path) as running:
         yield running
@@ -271,6 +282,7 @@ def test_a_server_that_goes(path: str) -> None:
         connect(f"unix:{path}")
 
 
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_an_interrupt_leaves_the_channel_usable(channel: ServedChannel, server: Server) -> None:
     """Ctrl-C while the kernel works: the answer that nobody waited for is passed over, its messages are kept."""
 
@@ -460,6 +472,7 @@ def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProc
     )
 
 
+@pytest.mark.usefixtures("heeds_ctrl_c")
 @pytest.mark.parametrize(("number", "json_wanted"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
 def test_the_command_serves_until_it_is_interrupted(number: signal.Signals, json_wanted: bool, path: str) -> None:
     command = [sys.executable, "-m", "pfkey", "embedded", "--listen", path, "--kernel-profile", "netbsd"]
