@@ -14,7 +14,7 @@ from .messages import Policy
 from .reading import ENTER, Ask, Steps, dump
 from .tracker import Image, Step, image_text
 from .typed import policy_from, policy_message
-from .work import StoredOtherwise, Work, drop_leftovers, say_more, standing_guards, uncertain, without
+from .work import StoredOtherwise, Work, drop_leftovers, instead, say_more, standing_guards, uncertain, without
 
 __all__ = ["plan_guard", "refuse_behind", "stand_guards"]
 
@@ -112,7 +112,7 @@ def stand_guards(book: Book, works: Sequence[Work]) -> Steps:
             if not isinstance(reply, PFKeyError):
                 echo = policy_from(reply)
                 confirmed = replace(guard, id=echo.id)
-                work.tracked.leftover = tuple(confirmed if one is guard else one for one in work.tracked.leftover)
+                instead(work.tracked, guard, confirmed)
                 asked, stored = book.image(guard), book.image(echo)
                 if stored != asked:
                     _stored_otherwise(book, work, asked, stored)

@@ -26,6 +26,7 @@ __all__ = [
     "Work",
     "by_rank",
     "drop_leftovers",
+    "instead",
     "refused",
     "say_more",
     "standing_guards",
@@ -269,11 +270,14 @@ def drop_leftovers(book: Book, works: Iterable[Work]) -> Steps:
 
 
 def _delete_guards(book: Book, going: Sequence[tuple[Work, Policy]]) -> Steps:
-    messages = []
+    messages, doubted = [], []
     for work, guard in going:
         work.guards.append(MessageType.SPDDELETE)
         bare = Policy(guard.direction, guard.selector, guard.action)
         messages.append(policy_message(MessageType.SPDDELETE, bare, book.abi))
+        # Until it is answered nobody knows whether it stands, whatever interrupts us: nothing may rely on it.
+        doubted.append(replace(guard, id=0))
+        instead(work.tracked, guard, doubted[-1])
     replies = yield Ask(messages)
     doubtful = [
         guard
@@ -281,11 +285,13 @@ def _delete_guards(book: Book, going: Sequence[tuple[Work, Policy]]) -> Steps:
         if isinstance(reply, PFKeyError) and (uncertain(reply) or _says_absent(book, reply))
     ]
     standing = yield from standing_guards(book, doubtful)
-    for (work, guard), reply in zip(going, replies, strict=True):
+    for (work, guard), doubt, reply in zip(going, doubted, replies, strict=True):
         gone = guard in doubtful and standing is not None and guard not in standing
         if gone or not isinstance(reply, PFKeyError):
-            without(work.tracked, guard)
+            without(work.tracked, doubt)
             continue
+        if standing is not None or guard not in doubtful:
+            instead(work.tracked, doubt, guard)
         log.warning("the guard %s of %s could not be deleted: %s", guard.selector, work.tracked, reply)
         note = f"its guard {guard.selector} could not be deleted and stays until the next call: {reply}"
         if note not in work.notes:
@@ -339,7 +345,7 @@ def _known_to_stand(book: Book, going: list[tuple[Work, Policy]]) -> Run[list[tu
             without(work.tracked, guard)
         else:  # its id tells where it stands
             confirmed = replace(guard, id=entry.id)
-            work.tracked.leftover = tuple(confirmed if one is guard else one for one in work.tracked.leftover)
+            instead(work.tracked, guard, confirmed)
             standing.append((work, confirmed))
     return standing
 
@@ -348,6 +354,11 @@ def _is_same(book: Book, entry: Policy, guard: Policy) -> bool:
     """Whether an entry of the kernel is this guard, by its selector to the last bit and by its tag."""
     is_ours = read_tag(entry.lifetime_hard, book.abi) == read_tag(guard.lifetime_hard, book.abi)
     return is_ours and entry.direction == guard.direction and entry.selector == guard.selector
+
+
+def instead(tracked: TrackedPolicy, guard: Policy, other: Policy) -> None:
+    """The same guard, of which something else is known now; without an id, whether it stands is not."""
+    tracked.leftover = tuple(other if one is guard else one for one in tracked.leftover)
 
 
 def without(tracked: TrackedPolicy, guard: Policy) -> None:

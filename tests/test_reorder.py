@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
 import pytest
-from faulty import Fault, FaultyChannel, interrupts, loses_reply, loses_request, rejects
+from faulty import Fault, FaultyChannel, closes, interrupts, loses_reply, loses_request, rejects
 from rig import ESP, LISTS, MOVED, OUT, KilledError, Rig
 from scenarios import ADD, DEL, UPD
 
@@ -295,3 +295,28 @@ def test_another_priority_moves_a_policy_whose_image_stays(profile: str) -> None
     rig.tracker.remove(OUT, narrow, Assignment(template, spi=4, priority=1000))
     rig.tracker.remove(OUT, narrow, strong)
     assert order() == [wide, narrow]
+
+
+@pytest.mark.parametrize("fault", [closes, interrupts])
+@pytest.mark.parametrize("profile", LISTS)
+def test_a_guard_whose_deletion_was_not_answered_is_not_relied_on(
+    profile: str, fault: Callable[[FaultyChannel, bytes], None]
+) -> None:
+    """It went, the connection too before that was told: it protects nothing from then on."""
+    strong = Assignment(Template.tunnel("192.0.2.1", "203.0.113.9", reqid=1), spi=2, priority=100)
+    for number in range(3):
+        rig = Rig(profile)
+        rig.tracker.add(OUT, A8, ESP)
+        rig.tracker.add(OUT, A16, ESP)
+        with rig.embedded.probe(OUT, "10.9.0.1", "10.9.0.2") as wide, rig.embedded.probe(OUT, A16) as narrow:
+            rig.fault(DEL, fault, number)
+            with suppress(PFKeyError, KeyboardInterrupt):
+                rig.tracker.add(OUT, A8, strong)
+            rig.channel.faults.clear()
+            rig.tracker.reconnect(rig.other)
+            with suppress(PFKeyError):
+                rig.tracker.remove(OUT, A8, strong)
+            rig.tracker.replace(OUT, A8, ESP, MOVED)
+            rig.tracker.resync()
+        assert (wide.bare, narrow.bare) == (0, 0), number
+        rig.agrees()
