@@ -19,6 +19,7 @@ from .guards import Kind, Tag, read_tag, real_selector, tag_lifetime
 from .messages import Policy, Selector
 from .overlaps import overlap
 from .reading import GRACE, Ask, Rows, Run, Steps, dump, get
+from .reorder import in_place
 from .tracker import Installed, State, TrackedPolicy
 from .typed import PolicyRow, policy_from, policy_message
 from .work import uncertain
@@ -162,23 +163,31 @@ def see_to_guards(book: Book, rows: Rows) -> Run[bool]:
 def _put_in_order(book: Book, guards: Sequence[Policy], standing: dict[_Key, Policy]) -> Run[bool]:
     """On a kernel that orders by insertion: whether the policies of a move stand in the order of their guards now.
 
-    Those guards were made strongest first, and stand in front of whatever the move has put to the end of the list.
+    Those guards were made strongest first, and stand in front of whatever the move has put to the end of the list.  As
+    long as it has put nothing there, all is as it was before it.  Afterwards what was to change has to change, for the
+    order is that of what the guards show: the old one, put in front of a policy that was stronger than it, would be met
+    in place of that.
     """
-    moved = [
-        policy
+    pairs = [
+        (guard, policy)
         for guard in sorted(guards, key=lambda guard: guard.id)
         if (policy := standing.get((int(guard.direction), real_of(guard, book.abi).identity))) is not None
     ]
-    if all(
+    waiting = sorted((pair for pair in pairs if pair[1].id < pair[0].id), key=lambda pair: -pair[1].id)
+    if len(waiting) == len(pairs) or all(
         stronger.id < weaker.id or not overlap(stronger.selector, weaker.selector)
-        for at, stronger in enumerate(moved)
-        for weaker in moved[at + 1 :]
+        for at, (_, stronger) in enumerate(pairs)
+        for _, weaker in pairs[at + 1 :]
         if stronger.direction == weaker.direction
     ):
         return True
-    for policy in moved[1:]:
+    there = sorted((pair for pair in pairs if pair not in waiting), key=lambda pair: pair[1].id)
+    for guard, policy in [*waiting, *pairs[in_place(pairs, [*there, *waiting]) :]]:
         log.warning("%s is put behind what is stronger, which a former process did not come to do", policy)
         again = replace(policy, id=0, lifetime_current=None)
+        tag = read_tag(guard.lifetime_hard, book.abi)
+        if tag is not None and tag.kind is Kind.ALIAS and policy.id < guard.id:
+            again = replace(again, action=guard.action, templates=guard.templates)
         tracked = book.get(int(policy.direction), policy.selector)
         if tracked is not None and tracked.installed.policy_id == policy.id:
             book.note(tracked, tracked.installed.doubted())  # it gets another id

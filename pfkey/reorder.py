@@ -7,13 +7,19 @@ behind that alias first, and once more behind the policy afterwards:
 
     [P Q]  ->  [P Q P' Q']  ->  [P P' Q' Q]  ->  [P' Q' Q P]  ->  [P' Q' P Q]  ->  [P Q]
 
+The one that stands last goes first, whatever it is: where Q is to become stronger than P, the old Q that still stands
+behind P would be met while P is replaced.
+
+    [P Q]  ->  [P Q Q' P']  ->  [P Q' P' Q]  ->  [Q' P' Q P]  ->  [Q P]
+
 One message at a time: whichever fails, everything in the list stands behind what is stronger, or behind that one's
-guard, which stays until the order is right.
+guard, which stays until the order is right; or it stands where it stood.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 from .book import Book
 from .guarding import refuse_behind, stand_guards
@@ -21,7 +27,9 @@ from .reading import Ask, Run, Steps, policy_of
 from .tracker import State, Step, TrackedPolicy
 from .work import Work, by_rank, drop_leftovers, say_more, start, take
 
-__all__ = ["left_beside", "moves", "needs_order", "reorder", "tidy"]
+__all__ = ["in_place", "left_beside", "moves", "needs_order", "reorder", "tidy"]
+
+T = TypeVar("T")
 
 _INSTALLS = (Step.ADD, Step.UPDATE)
 
@@ -128,12 +136,23 @@ def reorder(book: Book, works: Sequence[Work]) -> Steps:
         if work.step is not Step.UPDATE:
             _give_up(ordered, work)
             return
-    twice = len(present) > 1
-    again = [work for work in ordered if not (twice and work is ordered[0] and work.step is Step.UPDATE)]
-    for work in [*(reversed(present) if twice else ()), *again]:
+    first = sorted(present, key=lambda work: work.tracked.installed.policy_id, reverse=True) if len(present) > 1 else []
+    for work in [*first, *ordered[in_place(ordered, first) :]]:
         if not (yield from _put(book, work)):
             _give_up(ordered, work)
             return
+
+
+def in_place(ordered: Sequence[T], moved: Sequence[T]) -> int:
+    """How many of the first in `ordered` stand one after the other when these have been moved to the end, in turn."""
+    places = {id(one): at for at, one in enumerate(moved)}
+    last = -1
+    for count, one in enumerate(ordered):
+        at = places.get(id(one), -1)
+        if at <= last:
+            return count
+        last = at
+    return len(ordered)
 
 
 def _put(book: Book, work: Work) -> Run[bool]:

@@ -320,3 +320,43 @@ def test_a_guard_whose_deletion_was_not_answered_is_not_relied_on(
             rig.tracker.resync()
         assert (wide.bare, narrow.bare) == (0, 0), number
         rig.agrees()
+
+
+WEAKER = Assignment(action=Action.NONE, priority=400)
+BETWEEN = Assignment(*ESP.templates, priority=200)
+STRONGER = Assignment(action=Action.DISCARD, priority=100)
+
+
+@pytest.mark.parametrize("profile", LISTS)
+def test_what_is_to_become_stronger_is_not_met_as_it_was(profile: str) -> None:
+    """It stands behind the one that has to be moved behind it, and lets packets through until it is updated."""
+    rig = Rig(profile)
+    rig.tracker.add(OUT, A24, BETWEEN)
+    rig.tracker.add(OUT, A8, WEAKER)
+    with rig.embedded.probe(OUT, A24) as probe:
+        rig.tracker.replace(OUT, A8, WEAKER, STRONGER)
+    assert {step.policy.action for step in probe.log if step.policy} == {Action.IPSEC, Action.DISCARD}
+    assert None not in {step.policy for step in probe.log}
+    assert [policy.selector for policy in rig.entries()] == [A8, A24]
+    rig.agrees()
+
+
+@pytest.mark.parametrize("others", [(), (A16,)], ids=["two", "three"])
+@pytest.mark.parametrize("profile", LISTS)
+def test_killed_at_every_message_while_it_becomes_stronger(profile: str, others: tuple[Selector, ...]) -> None:
+    """The next start leaves what nobody had moved yet, or finishes what the dead process had begun."""
+    for lives in range(3, 16):
+        rig = Rig(profile, owner="d")
+        for one in (A24, *others):
+            rig.tracker.add(OUT, one, BETWEEN)
+        rig.tracker.add(OUT, A8, WEAKER)
+        with rig.embedded.probe(OUT, A24) as probe:
+            rig.channel.lives = lives - 3
+            with suppress(KilledError):
+                rig.tracker.replace(OUT, A8, WEAKER, STRONGER)
+            rig.restart(owner="d").add(OUT, BESIDE, ESP)
+            assert rig.guards() == []
+        assert all(step.policy and step.policy.action != Action.NONE for step in probe.log), lives
+        found = rig.embedded.lookup(OUT, "10.1.1.1", "10.2.1.1")
+        assert found is not None
+        assert found.action != Action.NONE, lives
