@@ -81,8 +81,10 @@ def change_of(book: Book, tracked: TrackedPolicy, top: Assignment | None) -> Cha
             return None
         if now is top or now == top:
             return _SILENT
-        if top is not None and tracked.priority(now) != tracked.priority(top) and book.is_out_of_order(tracked):
-            return None  # the same policy, but no longer in its place (kernels that order by insertion)
+        # Kernels that order by insertion: the same policy, but no longer in its place; or of a former life, or one that
+        # lingered, and nobody knows yet whether it is.
+        if (top is None or tracked.priority(now) != tracked.priority(top)) and book.is_out_of_order(tracked):
+            return None
         return _SPARED
     if installed.state is State.ABSENT:
         return _UNUSED

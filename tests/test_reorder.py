@@ -360,3 +360,33 @@ def test_killed_at_every_message_while_it_becomes_stronger(profile: str, others:
         found = rig.embedded.lookup(OUT, "10.1.1.1", "10.2.1.1")
         assert found is not None
         assert found.action != Action.NONE, lives
+
+
+@pytest.mark.parametrize("profile", LISTS)
+def test_a_sweep_after_a_restart_restores_the_order(profile: str) -> None:
+    """A process died after it had added a stronger policy, before the weaker one was put behind it."""
+    for order in itertools.permutations((A8, A24)):
+        rig = Rig(profile, owner="d")
+        rig.tracker.add(OUT, A8, ANYWHERE)
+        rig.channel.lives = 2
+        with suppress(KilledError):
+            rig.tracker.add(OUT, A24, ESP)
+        assert [policy.selector for policy in rig.entries()][-1] == A24
+        tracker = rig.restart(owner="d")
+        with tracker.transaction(sweep=True):
+            for selector in order:
+                tracker.add(OUT, selector, ANYWHERE if selector == A8 else ESP)
+        assert [policy.selector for policy in rig.entries()] == [A24, A8]
+        rig.agrees()
+
+
+@pytest.mark.parametrize("profile", LISTS)
+def test_what_lingered_comes_back_to_its_new_place(profile: str) -> None:
+    rig = Rig(profile, linger=60.0)
+    weak = Assignment(*ESP.templates, priority=500)
+    rig.tracker.add(OUT, A8, WEAKER)
+    rig.tracker.add(OUT, A24, weak)
+    rig.tracker.remove(OUT, A24, weak)
+    rig.tracker.add(OUT, A24, BETWEEN)
+    assert [policy.selector for policy in rig.entries()] == [A24, A8]
+    rig.agrees()
