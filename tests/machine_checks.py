@@ -102,16 +102,24 @@ def first_met(play: Frame) -> dict[object, Info | None]:
 
 
 def met_before_or_after(play: Frame, first: dict[Any, Info | None]) -> None:
-    """While one policy changes, a packet meets what it met before or what it meets afterwards, or their guards."""
+    """While one policy changes, a packet meets what it met before or what it meets afterwards, or their guards.
+
+    The content counts: a policy as it was before, which nothing else of the two ends is, may let the packet through.
+    """
+
+    def what(info: Info) -> tuple[object, ...]:
+        image = image_of_policy(info.policy, play.abi)
+        return info.key or id(info), image.action, image.requests
+
     for key, meetings in play.world.meetings.items():
         if key not in first or play.world.is_bare(key):
             continue
         ends = [first[key], play.world.met(play.world.by_key[key])]
-        allowed = {info.key or id(info) for info in ends if info is not None}
+        allowed = {what(info) for info in ends if info is not None}
         for step, info in meetings:
             if info is None or is_discard_guard(info):
                 continue
-            assert (info.key or id(info)) in allowed, (
+            assert what(info) in allowed, (
                 f"at step {step!r} a packet of {play.world.by_key[key]} met {info}, before the call {ends[0]} and"
                 f" after it {ends[1]}; sent was {written(play)}"
             )

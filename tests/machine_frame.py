@@ -36,7 +36,7 @@ from pfkey.errors import PFKeyError, SPDLocked
 from pfkey.guards import alias_selectors
 from pfkey.tracker import State, TrackedPolicy
 
-PATIENCE = 60
+PATIENCE = 300
 """Seconds after which a play counts as stuck."""
 
 
