@@ -117,7 +117,7 @@ def met_before_or_after(play: Frame, first: dict[Any, Info | None]) -> None:
         ends = [first[key], play.world.met(play.world.by_key[key])]
         allowed = {what(info) for info in ends if info is not None}
         for step, info in meetings:
-            if info is None or is_discard_guard(info):
+            if info is None or is_discard_guard(info) or info.guard is Kind.BLOCK:
                 continue
             assert what(info) in allowed, (
                 f"at step {step!r} a packet of {play.world.by_key[key]} met {info}, before the call {ends[0]} and"
