@@ -72,10 +72,25 @@ def is_dump(message: Message) -> bool:
 
 def is_to_be_repeated(dump: Request, channel: Channel) -> bool:
     """Whether a dump may be had whole now, with a larger receive buffer."""
-    if not isinstance(dump.error, DumpOverflow) or not grow_receive_buffer(channel):
+    if not isinstance(dump.error, DumpOverflow):
+        return False
+    if not grow_receive_buffer(channel):
+        if channel.abi.dump_counts_down:  # Linux waits for room, and what it leaves out is no matter of that
+            dump.error.args = (f"{dump.error}; {_advice(channel)}",)
         return False
     log.info("%s; asking again", dump.error)
     return True
+
+
+def _advice(channel: Channel) -> str:
+    """How a kernel may be given the buffer that a whole dump fits into."""
+    if hasattr(channel, "set_receive_buffer"):
+        return "the system grants no larger one: raise its limit (FreeBSD: sysctl kern.ipc.maxsockbuf)"
+    return (
+        "its channel has no set_receive_buffer(size) -> size, by which a larger one is asked for: give it that, or the"
+        " socket at its other end a buffer of 1 MiB (SO_RCVBUF; FreeBSD: sysctl net.key.recvspace, before 14"
+        " net.raw.recvspace)"
+    )
 
 
 # The channel.

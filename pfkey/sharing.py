@@ -150,6 +150,10 @@ class Room:
         return list({next(iter(queue)): None for queue in (self._requests, self._dumps) if queue})
 
 
+_PAUSE = 10 * SLICE
+"""Seconds between parts of a dump that a kernel queued all at once: none of FreeBSD, more of a channel to a remote one.
+
+What does not come within was dropped, and need not be waited for as long as an answer."""
 _REST = 5 * SLICE
 """Seconds for which what is left of a dump is waited for at most."""
 
@@ -220,6 +224,8 @@ class Shared:
                 waiter = request.owner
                 if not isinstance(waiter, Waiter):
                     continue
+                if request.dump and self._room.floods and waiter.timeout is not None:
+                    waiter.timeout = min(waiter.timeout, _PAUSE)
                 if waiter is reader:
                     waiter.heard = True  # it looks at the clock next
                 elif waiter is not last:
