@@ -151,20 +151,22 @@ def read(book: Book, doubtful: Sequence[TrackedPolicy]) -> Run[dict[TrackedPolic
         else:
             unread[tracked] = policy
     missing += [tracked for tracked in doubtful if not tracked.installed.policy_id]
+    gone = {tracked: {tracked.installed.policy_id} for tracked in missing}
     for again in range(_DUMPS):
         # Linux leaves an entry that is updated meanwhile out of a dump: without an id, only a second one can tell.
         if not missing:
             break
-        listed: set[TrackedPolicy] = set()
+        renewed: set[TrackedPolicy] = set()
         try:
             rows = yield Dump()  # dead rows too: who is listed may be there under another id
-            missing = yield from _match(book, missing, rows, listed)
+            missing = yield from _match(book, missing, rows, gone, renewed)
         except (PFKeyError, OSError) as error:
             log.warning("the policies could not be read: %s", error)
             unread |= dict.fromkeys(missing, error)
             return unread
         # On FreeBSD an entry that is updated between the dump and the SPDGET has another id then.
-        renewed = listed if book.abi.update_changes_id else set()
+        if not book.abi.update_changes_id:
+            renewed.clear()
         for tracked in [one for one in missing if one not in renewed and (one.installed.policy_id or again)]:
             book.read(tracked, None)
             missing.remove(tracked)
@@ -178,11 +180,15 @@ _DUMPS = 4
 
 
 def _match(
-    book: Book, missing: list[TrackedPolicy], rows: Rows, listed: set[TrackedPolicy]
+    book: Book,
+    missing: list[TrackedPolicy],
+    rows: Rows,
+    gone: dict[TrackedPolicy, set[int]],
+    renewed: set[TrackedPolicy],
 ) -> Run[list[TrackedPolicy]]:
     """Find them among the rows of a dump, the newest first; entries that SPDGET does not know (marks) are not them.
 
-    Those that had a row are added to `listed`.
+    Ids that it does not know are added to `gone`, and who has one that was not in there to `renewed`.
     """
     wanted = {(int(one.direction), one.selector.identity): one for one in missing}
     candidates: list[tuple[TrackedPolicy, int]] = []
@@ -190,16 +196,19 @@ def _match(
         tracked = wanted.get((row.direction, row.identity))
         if tracked is not None:
             candidates.append((tracked, row.id))
-            listed.add(tracked)
     candidates.sort(key=lambda candidate: candidate[1], reverse=True)
     found = yield from get(book, [policy_id for _, policy_id in candidates])
     done: set[TrackedPolicy] = set()
-    for (tracked, _), policy in zip(candidates, found, strict=True):
-        if isinstance(policy, Policy) and tracked not in done and is_entry(tracked, policy):
+    for (tracked, policy_id), policy in zip(candidates, found, strict=True):
+        if policy is None:
+            if policy_id not in gone[tracked]:
+                renewed.add(tracked)
+                gone[tracked].add(policy_id)
+        elif not isinstance(policy, Policy):
+            raise policy
+        elif tracked not in done and is_entry(tracked, policy):
             book.read(tracked, policy)
             done.add(tracked)
-        elif policy is not None and not isinstance(policy, Policy):
-            raise policy
     return [tracked for tracked in missing if tracked not in done]
 
 

@@ -288,3 +288,19 @@ def test_a_channel_that_fails_in_the_middle_of_a_guarded_update(monkeypatch: pyt
         rig.tracker.add(OUT, SITE, MOVED)
     assert probe.bare == 0
     rig.agrees()
+
+
+@pytest.mark.parametrize("profile", UNLINK_FIRST)
+def test_the_policies_are_read_once_when_an_update_was_refused_under_its_alias(profile: str) -> None:
+    """The alias has the selector of the policy, as far as a tracker tells selectors apart, and is not that policy."""
+    rig = Rig(profile)
+    rig.tracker.add(OUT, ELSEWHERE, ESP)
+    rig.tracker.add(OUT, SITE, ESP)
+    rig.embedded.fail_next(UPD, "EPROTONOSUPPORT", "unlinked")
+    before = len(rig.channel.sent)
+    with pytest.raises(KernelError, match="it has been put back"):
+        rig.tracker.add(OUT, SITE, MOVED)
+    kinds = [message.type for message in rig.channel.sent[before:]]
+    assert kinds.count(MessageType.SPDDUMP) == 1
+    assert kinds.count(MessageType.SPDADD) == 2
+    rig.agrees()
