@@ -290,6 +290,22 @@ def test_a_channel_that_fails_in_the_middle_of_a_guarded_update(monkeypatch: pyt
     rig.agrees()
 
 
+@pytest.mark.parametrize("selector", [SITE, HOSTS, HOSTS6], ids=str)
+@pytest.mark.parametrize("profile", ALL)
+def test_an_update_that_was_refused_before_the_old_one_went_says_what_stands(profile: str, selector: Selector) -> None:
+    rig = Rig(profile)
+    rig.tracker.add(OUT, selector, ESP)
+    rig.embedded.fail_next(UPD, "EINVAL", "before")
+    told = (
+        r"SPDUPDATE of .* was rejected \(EINVAL\); it still is ipsec esp/tunnel/192\.0\.2\.1-198\.51\.100\.1/unique:1"
+    )
+    with pytest.raises(KernelError, match=told) as raised:
+        rig.tracker.add(OUT, selector, MOVED)
+    assert str(raised.value).count("it still is") == 1
+    assert "put back" not in str(raised.value)
+    rig.agrees()
+
+
 @pytest.mark.parametrize("profile", UNLINK_FIRST)
 def test_the_policies_are_read_once_when_an_update_was_refused_under_its_alias(profile: str) -> None:
     """The alias has the selector of the policy, as far as a tracker tells selectors apart, and is not that policy."""
