@@ -199,7 +199,7 @@ class Conversation:
         if request.error is not None:
             self._migrations.pop(request.seq, None)
         if self._pending.pop(request.seq, None) is not None:
-            if request.dump and not (request.count and request.last == 0) and _may_go_on(request.error):
+            if request.dump and _may_go_on(request):
                 self.rest_of_dump = True
             self._ended[request.seq] = request.type
             while len(self._ended) > _REMEMBERED:
@@ -420,7 +420,13 @@ class Conversation:
             return
         gap = self._gap(request, message.seq)
         request.add(Batch.of([data]), message.seq)
-        if gap:
+        if gap < 0:
+            request.error = error = DumpOverflow(
+                f"{describe(request.message)}: among its parts came number {message.seq} of another one, given up"
+                " before; ask again"
+            )
+            error.mixed = True
+        elif gap:
             request.error = DumpOverflow(
                 f"{describe(request.message)} lacks {gap} parts before number {message.seq};"
                 " the receive buffer was too small for it"
@@ -433,8 +439,13 @@ class Conversation:
         return seq - request.count - 1 if seq else 0
 
 
-def _may_go_on(error: PFKeyError | None) -> bool:
-    """Whether parts of a dump may still come: not when the kernel refused it, or never saw it."""
+def _may_go_on(dump: Request) -> bool:
+    """Whether parts of it may still come: not after the last, nor when the kernel refused it, or never saw it."""
+    error = dump.error
+    if isinstance(error, DumpOverflow) and error.mixed:
+        return True  # the last one that came was another dump's
+    if dump.count and dump.last == 0:
+        return False
     return not isinstance(error, (KernelError, ChannelClosed)) or getattr(error, "outcome_unknown", False)
 
 

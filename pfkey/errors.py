@@ -112,6 +112,9 @@ class ChannelClosed(PFKeyError, ConnectionError):
 class DumpOverflow(PFKeyError):
     """A dump arrived incomplete: the kernel dropped parts for want of receive buffer, or stopped in the middle."""
 
+    mixed = False
+    """Parts of an earlier dump, which was given up, came late and among its own: it is only to be asked for again."""
+
 
 class NotSupported(PFKeyError):
     """This system lacks what was asked for; the text names the system and what it lacks."""

@@ -71,9 +71,12 @@ def is_dump(message: Message) -> bool:
 
 
 def is_to_be_repeated(dump: Request, channel: Channel) -> bool:
-    """Whether a dump may be had whole now, with a larger receive buffer."""
+    """Whether a dump may be had whole now: with a larger receive buffer, or with nothing of another one among it."""
     if not isinstance(dump.error, DumpOverflow):
         return False
+    if dump.error.mixed:
+        log.info("%s", dump.error)
+        return True
     if not grow_receive_buffer(channel):
         if channel.abi.dump_counts_down:  # Linux waits for room, and what it leaves out is no matter of that
             dump.error.args = (f"{dump.error}; {_advice(channel)}",)

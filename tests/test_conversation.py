@@ -176,7 +176,9 @@ CUT = [
     (FREEBSD, [5, 4, 2, 1, 0], "lacks 1 parts"),
     (FREEBSD, [5, 4, 3], "stopped after 3 parts"),
     (FREEBSD, [5, 0], "lacks 4 parts"),
+    (FREEBSD, [5, 4, 7], "came number 7 of another one"),
     (LINUX, [1, 2, 4, 0], "lacks 1 parts"),
+    (LINUX, [1, 2, 1], "came number 1 of another one"),
     (LINUX, [1, 2], "stopped after 2 parts"),
 ]
 

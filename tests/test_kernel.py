@@ -169,6 +169,31 @@ def test_a_dump_over_the_receive_buffer(profile: str) -> None:
     assert "too small for it; its channel has no set_receive_buffer(size)" in str(raised.value)
 
 
+@pytest.mark.parametrize("profile", PROFILES[1:])
+def test_a_part_of_another_dump_among_those_of_this(profile: str) -> None:
+    """One that came late, of a dump that was given up: this one is asked for again, with the buffer that there is."""
+    embedded = EmbeddedKernel(profile)
+    channel = Bare(embedded.connect())
+    kernel = connect(channel, timeout=5)
+    for number in range(5):
+        kernel.add_policy(Policy(Direction.OUT, site(number), Action.DISCARD, priority=number))
+    arrived: list[bytes] = []
+    given = channel.receive
+
+    def receive(timeout: float | None) -> bytes | None:
+        if len(arrived) == 1:  # the first part comes once more
+            arrived.append(arrived[0])
+            return arrived[0]
+        data = given(timeout)
+        if data is not None and data[1] == MessageType.SPDDUMP:
+            arrived.append(data)
+        return data
+
+    channel.receive = receive
+    assert len(kernel.dump_policies()) == 5
+    assert len(arrived) > 6
+
+
 @pytest.fixture
 def faulty(embedded: EmbeddedKernel) -> FaultyChannel:
     return FaultyChannel(embedded.connect())
