@@ -77,6 +77,8 @@ class Book:
         """What policies were given of those two that nobody has come to use yet."""
         self._requests: dict[bytes, tuple[Request, ...]] = {}
         """What requests on the wire mean, as long as there are not too many of them."""
+        self._accepted: set[tuple[tuple[int, ...], ...]] = set()
+        """What kinds of requests this kernel has stored; noted where a rejected update is all there is to fear."""
         self._strangers: dict[tuple[int, tuple[int, ...]], list[int]] | None = {}
         """Priorities of others' policies by direction and networks; None when they could not be read."""
 
@@ -184,6 +186,7 @@ class Book:
             return
         replaced = not self.abi.update_changes_id and installed.policy_id not in (0, policy.id)
         image = self.image(policy, installed.image)
+        self._learn(image)
         tag = read_tag(policy.lifetime_hard, self.abi)
         mine = None if tag is None else tag.owner == self.settings.owner
         self.note(tracked, installed.found(image, policy.id, mine=mine, replaced=replaced))
@@ -217,7 +220,22 @@ class Book:
 
     def acknowledge(self, tracked: TrackedPolicy, image: Image, policy_id: int) -> None:
         """The kernel said that it holds this now."""
+        self._learn(image)
         self.note(tracked, Installed(State.OURS, image, policy_id, was_ours=True))
+
+    def _learn(self, image: Image) -> None:
+        if self.abi.rejected_update_removes and not self.abi.update_unlinks_first:
+            self._accepted.add(_kinds(image))
+
+    def may_be_rejected(self, image: Image | None) -> bool:
+        """Whether the kernel would remove the old policy for this one, should it reject it, and may well do so.
+
+        What it rejects that passed `check_policy` are protocols it was built without, and modes or addresses that do
+        not go together (FreeBSD 14): of what it stored before it rejects none, but for want of memory.
+        """
+        if not self.abi.rejected_update_removes or image is None or not image.requests:
+            return False
+        return _kinds(image) not in self._accepted
 
     def warnings(self, tracked: TrackedPolicy) -> tuple[str, ...]:
         """What a person should know of a policy that the kernel takes without a word."""
@@ -300,3 +318,11 @@ class Book:
         if int(direction) not in self.tables:
             names = ", ".join(known.name for known in self.abi.directions)
             raise NotSupported(f"{self.abi} has no policies of direction {direction}; it has {names}")
+
+
+def _kinds(image: Image) -> tuple[tuple[int, ...], ...]:
+    """What of the requests decides on whether a kernel takes them."""
+    return tuple(
+        (one.protocol, one.mode, one.level, *(side.version for side in (one.source, one.destination) if side))
+        for one in image.requests
+    )

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from .abi import Abi
 from .book import Book
 from .constants import MessageType
 from .errors import PFKeyError
@@ -40,18 +41,24 @@ def plan_guard(book: Book, work: Work, beside: Iterable[Work] = ()) -> tuple[Pol
     elif abi.sole_update_shows_none and book.standing[int(tracked.direction)] <= 1:
         work.why = f"{abi} shows no policy for a moment when the only one of a direction is replaced"
         sole = True
-    elif settings.guard is Guard.AUTO:
+    elif settings.guard is Guard.AUTO and not (book.may_be_rejected(work.image) and _has_alias(policy, abi)):
         return ()
+    elif settings.guard is Guard.AUTO:
+        work.why = f"{abi} removes a policy whose update it rejects, and has not stored such templates yet"
     else:
         work.why = "guards were asked for"
     how = settings.guard
-    if next(alias_selectors(policy.selector, abi), None) is None:
+    if not _has_alias(policy, abi):
         if settings.host_guard is Guard.BARE:
             return ()
         how = settings.host_guard if how is Guard.AUTO else how
         if sole and how is not Guard.DISCARD:
             return filler_policies(policy, abi, settings.owner)
     return guard_policies(policy, image, abi, how, settings.owner)
+
+
+def _has_alias(policy: Policy, abi: Abi) -> bool:
+    return next(alias_selectors(policy.selector, abi), None) is not None
 
 
 def _passes_another(book: Book, work: Work, before: Image, beside: Iterable[Work]) -> bool:

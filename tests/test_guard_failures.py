@@ -7,7 +7,19 @@ from faulty import Fault, FaultyChannel, interrupts, loses_reply, loses_request,
 from rig import ALL, BSD, DROP, ESP, IN, MOVED, OUT, REKEYED, UNLINK_FIRST, Rig
 from scenarios import ADD, DEL, UPD
 
-from pfkey import Action, Assignment, Direction, KernelError, MessageType, PFKeyError, Policy, Rank, Selector
+from pfkey import (
+    Action,
+    Assignment,
+    Direction,
+    KernelError,
+    MessageType,
+    PFKeyError,
+    Policy,
+    Rank,
+    SAProtocol,
+    Selector,
+    Template,
+)
 from pfkey.guards import (
     Guard,
     alias_selectors,
@@ -320,3 +332,34 @@ def test_the_policies_are_read_once_when_an_update_was_refused_under_its_alias(p
     assert kinds.count(MessageType.SPDDUMP) == 1
     assert kinds.count(MessageType.SPDADD) == 2
     rig.agrees()
+
+
+@WAYS
+@pytest.mark.parametrize("selector", [SITE, HOSTS6], ids=str)
+def test_freebsd_14_is_asked_about_templates_that_it_never_stored(selector: Selector, direction: Direction) -> None:
+    """It removes a policy whose update it rejects: among others too, and for a protocol that it was built without."""
+    rig = Rig("freebsd-14")
+    ah = Template.tunnel("192.0.2.1", "203.0.113.1", reqid=1, protocol=SAProtocol.AH)
+    rig.tracker.add(direction, ELSEWHERE, ESP)
+    rig.tracker.add(direction, selector, ESP)
+    rig.fault(ADD, rejects("EPROTONOSUPPORT"))
+    with rig.embedded.probe(direction, selector) as probe, pytest.raises(KernelError, match="still is ipsec"):
+        rig.tracker.add(direction, selector, Assignment(ah))
+    assert probe.steps == 0
+    rig.agrees()
+    assert rig.tracker.add(direction, selector, MOVED).guard == (), "of the kind that stands"
+    assert rig.tracker.add(direction, selector, Assignment(ah)).guard == GUARDED
+    assert rig.tracker.add(direction, selector, DROP).guard == ()
+    again = Assignment(Template.tunnel("192.0.2.1", "192.0.2.9", reqid=5, protocol=SAProtocol.AH))
+    assert rig.tracker.add(direction, selector, again).guard == (), "of a kind that was stored"
+    rig.agrees()
+
+
+def test_freebsd_14_need_not_be_asked_about_what_a_former_life_had_stored() -> None:
+    rig = Rig("freebsd-14", owner="d")
+    for selector in (ELSEWHERE, SITE):
+        rig.tracker.add(OUT, selector, ESP)
+    tracker = rig.restart(owner="d")
+    for selector in (ELSEWHERE, SITE):
+        tracker.add(OUT, selector, ESP)
+    assert tracker.add(OUT, SITE, MOVED).guard == ()
