@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 from ..abi import Abi
 from ..errors import ChannelClosed
+from .interrupts import Uninterrupted
 from .profiles import Dialect
 
 if TYPE_CHECKING:
@@ -84,14 +85,17 @@ class EmbeddedChannel:
         """Hand one message to the kernel, which has done the work when this returns.
 
         Raises OSError where the system call of that kernel fails (`errno` is the host's number of the error, `name` its
-        name, `kernel_errno` that kernel's number), ChannelClosed after close().
+        name, `kernel_errno` that kernel's number), ChannelClosed after close().  Ctrl-C meanwhile is raised at the end.
         """
-        with self._kernel.lock:
-            self._check()
-            failed, self._failed = self._failed, None
-            if failed is not None and failed[0] == data:
-                raise failed[1]
-            self._kernel.submit(self, bytes(data))
+        with self._kernel.lock, Uninterrupted():
+            self._send(data)
+
+    def _send(self, data: bytes) -> None:
+        self._check()
+        failed, self._failed = self._failed, None
+        if failed is not None and failed[0] == data:
+            raise failed[1]
+        self._kernel.submit(self, bytes(data))
 
     def send_many(self, messages: Sequence[bytes]) -> int:
         """Hand over several messages; how many the kernel took.  Raises only what the first one raises.
@@ -99,10 +103,10 @@ class EmbeddedChannel:
         What one behind it raises is raised by the next call, when that begins with the same message, which is not sent
         again: the kernel may have done it (FreeBSD, ENOBUFS).
         """
-        with self._kernel.lock:
+        with self._kernel.lock, Uninterrupted():
             for count, data in enumerate(messages):
                 try:
-                    self.send(data)
+                    self._send(data)
                 except OSError as error:
                     if not count:
                         raise
@@ -139,7 +143,7 @@ class EmbeddedChannel:
 
     def close(self) -> None:
         """Leave: what is queued is lost, whoever waits in receive() gets ChannelClosed."""
-        with self._kernel.lock:
+        with self._kernel.lock, Uninterrupted():
             if not self._closed:
                 self._closed = True
                 self._queue.clear()
@@ -240,10 +244,13 @@ class EmbeddedChannel:
     def _take(self) -> bytes:
         message, cost = self._queue.popleft()
         if self._linux and self.dump is not None and 3 * self._used <= self._size:
-            self._kernel.resume_dump(self)
+            with Uninterrupted():
+                self._kernel.resume_dump(self)
         self._used -= cost
         if not self._linux:
             self._mbufs -= _kame_mbufs(len(message))
+        if not self._queue:  # Ctrl-C may have come in between
+            self._used = self._mbufs = 0
         return message
 
     def _check(self) -> None:

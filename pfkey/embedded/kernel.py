@@ -16,6 +16,7 @@ from ..messages import AddressLike, Policy, SecurityAssociation, Selector
 from .channel import EmbeddedChannel, kernel_failure
 from .dialect import DialectModule, Receivers
 from .faults import Fault, When, due, fault
+from .interrupts import Uninterrupted
 from .probe import Probe
 from .profiles import Dialect, Profile, profile
 from .sad import AssociationDatabase
@@ -153,7 +154,7 @@ class EmbeddedKernel:
     ) -> Passage:
         """Send (or receive, or forward) a plaintext packet of `size` bytes: what becomes of it, ACQUIRE included."""
         packet = make_packet(self.profile, source, destination, protocol=protocol, ports=ports, scope=scope)
-        with self.lock:
+        with self.lock, Uninterrupted():
             self.run_timers()
             return send_packet(self, Direction(direction), packet, size)
 
@@ -211,7 +212,7 @@ class EmbeddedKernel:
 
     def release_replies(self) -> int:
         """Deliver the replies that "late" faults kept; how many they were."""
-        with self.lock:
+        with self.lock, Uninterrupted():
             late, self._late = self._late, []
             for channel, message in late:
                 channel.queue(message)
@@ -247,7 +248,7 @@ class EmbeddedKernel:
 
     def grace_period(self) -> None:
         """Return when no packet is on its way any more that started before."""
-        with self.lock:
+        with self.lock, Uninterrupted():
             self.walkers.end(self)
 
     def stop_after_unlink(self) -> None:
@@ -318,9 +319,11 @@ class EmbeddedKernel:
 
     def run_timers(self) -> None:
         """Expire what is due."""
-        while (now := self.now()) >= self._deadline:
-            self._deadline = inf
-            self.schedule(self.dialect.expire(self, now))
+        if self.now() >= self._deadline:
+            with Uninterrupted():
+                while (now := self.now()) >= self._deadline:
+                    self._deadline = inf
+                    self.schedule(self.dialect.expire(self, now))
 
     @property
     def deadline(self) -> float:
