@@ -260,6 +260,7 @@ def _prepare(book: Book, work: Work) -> None:
     work.policy, work.image = tracked.policy(top, book.tag), tracked.image(top)
     try:
         book.check_policy(work.policy)
+        work.message = policy_message(MESSAGES[work.step], work.policy, book.abi)
     except (NotSupported, EncodeError) as error:
         work.fail(error)
         work.step = Step.NOTHING

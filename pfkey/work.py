@@ -96,6 +96,8 @@ class Work:
     step: Step = Step.NOTHING
     policy: Policy | None = None
     """What is to be sent."""
+    message: Message | None = None
+    """The same as a message, where it was made to see whether it can be."""
     image: Image | None = None
     before: Installed = ABSENT
     """What the kernel held before this was sent."""
@@ -179,8 +181,11 @@ def start(book: Book, work: Work) -> Message:
     assert work.policy is not None
     kind = MESSAGES[work.step]
     (work.guards if work.mover or work.error is not None or kind in work.sent else work.sent).append(kind)
+    message, work.message = work.message, None
+    if message is None or message.type != kind:
+        message = policy_message(kind, work.policy, book.abi)
     book.note(work.tracked, work.tracked.installed.doubted(tried=work.image))
-    return policy_message(kind, work.policy, book.abi)
+    return message
 
 
 def take(book: Book, work: Work, reply: Message | PFKeyError) -> None:

@@ -1,0 +1,49 @@
+"""What nobody should do: wrong types, numbers that no wire carries, channels whose receive() fails."""
+
+from __future__ import annotations
+
+import pytest
+from rig import ALL, BSD, ESP, OUT, Rig
+from scenarios import ADD
+
+from pfkey import (
+    Assignment,
+    EncodeError,
+    Selector,
+    Template,
+)
+from pfkey.errors import TransactionError
+
+SITE = Selector("10.1.0.0/16", "10.2.0.0/16")
+NAMED_SCOPE = Selector("fe80::1%eth0/128", "fe80::2%eth0/128")
+NO_NUMBER = Assignment(Template.tunnel("192.0.2.1", "198.51.100.1", reqid=-1), spi=9)
+
+
+@pytest.mark.parametrize("profile", ALL)
+def test_what_cannot_be_encoded_changes_nothing(profile: str) -> None:
+    """It was never sent: nothing is in doubt, nothing is read, no guard is looked for."""
+    rig = Rig(profile)
+    with pytest.raises(EncodeError):
+        rig.tracker.add(OUT, SITE, NO_NUMBER)
+    assert len(rig.tracker) == 0
+    rig.tracker.add(OUT, SITE, ESP)
+    sent = len(rig.channel.sent)
+    with pytest.raises(EncodeError):
+        rig.tracker.add(OUT, SITE, NO_NUMBER)
+    with pytest.raises(EncodeError):
+        rig.tracker.replace(OUT, SITE, ESP, NO_NUMBER)
+    assert rig.tracker.assignments(OUT, SITE) == (ESP,)
+    assert len(rig.channel.sent) == sent
+    assert rig.guards() == []
+    rig.agrees()
+
+
+@pytest.mark.parametrize("profile", BSD)
+def test_what_cannot_be_encoded_holds_up_no_transaction(profile: str) -> None:
+    rig = Rig(profile)
+    with pytest.raises(TransactionError, match="interface's index") as raised, rig.tracker.transaction():
+        rig.tracker.add(OUT, SITE, ESP)
+        rig.tracker.add(OUT, NAMED_SCOPE, ESP)
+    assert list(raised.value.errors) == [f"out {NAMED_SCOPE}"]
+    assert rig.told() == [(ADD, str(SITE))]
+    rig.agrees()
