@@ -23,7 +23,7 @@ from .messages import Policy, Selector
 from .reading import ENTER, GRACE, IDLE, Ask, Dump, Rows, Run
 from .resync import Difference
 from .tracking import Tracking
-from .uses import Transaction, tunnel_calls
+from .uses import Transaction, mistaken, tunnel_calls
 from .watch import Healing, Watch, start, writes
 from .work import Change
 
@@ -142,6 +142,8 @@ class PolicyTracker:
         selector, KernelError for what the kernel refused: then the assignment is not recorded.  After any other error
         (ReplyTimeout, ChannelClosed, ENOBUFS) it is recorded, and the next call finds out what the kernel did.
         """
+        if not (isinstance(selector, Selector) and isinstance(assignment, Assignment)):
+            raise mistaken(selector, assignment)
         return self._call(direction, selector, None, assignment)
 
     def remove(self, direction: Direction, selector: Selector, assignment: Assignment) -> Change:
@@ -150,6 +152,8 @@ class PolicyTracker:
         Raises NotTracked when it was never added.  Whatever the kernel answers, the assignment is gone afterwards; a
         policy that could not be deleted stays tracked, and the next call or `flush` tries again.
         """
+        if not (isinstance(selector, Selector) and isinstance(assignment, Assignment)):
+            raise mistaken(selector, assignment)
         return self._call(direction, selector, assignment, None)
 
     def replace(self, direction: Direction, selector: Selector, old: Assignment, new: Assignment) -> Change:
@@ -157,6 +161,8 @@ class PolicyTracker:
 
         Raises NotTracked when `old` was never added, and what `add` raises; then `old` stays, when the kernel refused.
         """
+        if not (isinstance(selector, Selector) and isinstance(old, Assignment) and isinstance(new, Assignment)):
+            raise mistaken(selector, old, new)
         return self._call(direction, selector, old, new)
 
     def add_tunnel(self, selector: Selector, assignment: Assignment, inbound: Assignment | None = None) -> Transaction:

@@ -23,6 +23,7 @@ __all__ = [
     "close_error",
     "let_linger",
     "lingers_until",
+    "mistaken",
     "shift",
     "state_text",
     "tunnel_calls",
@@ -33,6 +34,14 @@ _SPARED = Change(avoided=(MessageType.SPDUPDATE,), reason=UNCHANGED)
 _UNUSED = Change(reason=UNUSED)
 _LINGERING = Change(avoided=(MessageType.SPDDELETE,), reason=LINGERS)
 POSTPONED = Change(reason="part of a transaction: what is sent is decided at its end")
+
+
+def mistaken(selector: object, *assignments: object) -> TypeError:
+    """What to raise when one of these is something else.  None above all: it is no assignment, nor the end of one."""
+    if not isinstance(selector, Selector):
+        return TypeError(f"a policy is named by a Selector, not by {selector!r}")
+    other = next(one for one in assignments if not isinstance(one, Assignment))
+    return TypeError(f"a policy is used by an Assignment, not by {other!r}")
 
 
 def check(book: Book, tracked: TrackedPolicy, assignment: Assignment) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
 import pytest
 from rig import ALL, BSD, ESP, OUT, Rig
 from scenarios import ADD
 
 from pfkey import (
     Assignment,
+    AsyncKernel,
+    AsyncPolicyTracker,
+    EmbeddedKernel,
     EncodeError,
     Selector,
     Template,
@@ -47,3 +53,33 @@ def test_what_cannot_be_encoded_holds_up_no_transaction(profile: str) -> None:
     assert list(raised.value.errors) == [f"out {NAMED_SCOPE}"]
     assert rig.told() == [(ADD, str(SITE))]
     rig.agrees()
+
+
+WRONG: list[tuple[str, tuple[Any, ...], str]] = [
+    ("add", (OUT, SITE, None), "Assignment"),
+    ("add", (OUT, SITE, Template.transport()), "Assignment"),
+    ("add", (OUT, "10.1.0.0/16", ESP), "Selector"),
+    ("remove", (OUT, SITE, None), "Assignment"),
+    ("remove", (OUT, None, ESP), "Selector"),
+    ("replace", (OUT, SITE, ESP, None), "Assignment"),
+    ("replace", (OUT, SITE, None, ESP), "Assignment"),
+]
+
+
+@pytest.mark.parametrize(("call", "arguments", "wanted"), WRONG)
+def test_wrong_types_are_told(call: str, arguments: tuple[Any, ...], wanted: str) -> None:
+    """`replace(old, None)` in particular is not taken for a removal."""
+    rig = Rig("linux")
+    rig.tracker.add(OUT, SITE, ESP)
+    sent = len(rig.channel.sent)
+    with pytest.raises(TypeError, match=wanted):
+        getattr(rig.tracker, call)(*arguments)
+
+    async def alike() -> None:
+        async with AsyncKernel.connect(EmbeddedKernel("linux").connect()) as kernel:
+            await getattr(AsyncPolicyTracker(kernel), call)(*arguments)
+
+    with pytest.raises(TypeError, match=wanted):
+        asyncio.run(alike())
+    assert len(rig.channel.sent) == sent
+    assert rig.tracker.assignments(OUT, SITE) == (ESP,)
