@@ -41,6 +41,7 @@ _OTHERWISE: dict[MessageType | int, str] = {
     MessageType.DUMP: "the answer to a DUMP has many parts; use dump()",
     MessageType.SPDDUMP: "the answer to an SPDDUMP has many parts; use dump()",
 }
+_NOTHING = (errno.EINTR, errno.EAGAIN, errno.EWOULDBLOCK)
 _GONE = (errno.EBADF, errno.EPIPE, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED)
 
 
@@ -153,23 +154,33 @@ def _error_name(error: OSError, abi: Abi) -> tuple[int, str]:
 def receive(channel: Channel, limit: int, timeout: float, *, dump: bool) -> list[bytes | Batch] | None:
     """What is there: up to `limit` messages, or, of a dump, a batch that may lie where the kernel put it.
 
-    None says that the kernel reported a loss.  Raises ChannelClosed, and whatever else the channel raises.
+    None says that the kernel reported a loss.  Raises ChannelClosed, KernelError where the channel raises another
+    OSError (whether the kernel did what it was asked is not known then), and whatever else the channel raises.
     """
     try:
         if dump:
             batch = receive_batch(channel, limit, timeout)
             return [batch] if batch.lengths else []
         return cast("list[bytes | Batch]", receive_many(channel, limit, timeout))
-    except ChannelClosed:
+    except PFKeyError:
         raise
     except OSError as error:
+        if error.errno in _NOTHING or isinstance(error, TimeoutError):
+            return []
         if error.errno in _GONE:
             raise ChannelClosed(f"reading from {channel.abi} failed: {error}") from error
         if _error_name(error, channel.abi)[1] == "ENOBUFS":
             # FreeBSD 14 with SO_RERROR: something was lost.  Whoever misses it times out, or finds a gap.
             log.warning("the receive buffer of %s was full; messages were lost", channel.abi)
             return None
-        raise
+        number, name = _error_name(error, channel.abi)
+        failure = kernel_error("", name, number)
+        failure.strerror = (
+            f"reading from {channel.abi} failed ({name}): {error}; what was under way may have been done: read before"
+            " trying again"
+        )
+        failure.outcome_unknown = True
+        raise failure from error
 
 
 def feed(conversation: Conversation, arrived: bytes | Batch) -> Iterable[Request]:

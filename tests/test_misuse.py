@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+from contextlib import suppress
 from typing import Any
 
 import pytest
-from rig import ALL, BSD, ESP, OUT, Rig
+from rig import ALL, BSD, ESP, MOVED, OUT, Rig
 from scenarios import ADD
 
 from pfkey import (
@@ -15,10 +17,12 @@ from pfkey import (
     AsyncPolicyTracker,
     EmbeddedKernel,
     EncodeError,
+    KernelError,
+    ReplyTimeout,
     Selector,
     Template,
 )
-from pfkey.errors import TransactionError
+from pfkey.errors import PFKeyError, TransactionError
 
 SITE = Selector("10.1.0.0/16", "10.2.0.0/16")
 NAMED_SCOPE = Selector("fe80::1%eth0/128", "fe80::2%eth0/128")
@@ -83,3 +87,48 @@ def test_wrong_types_are_told(call: str, arguments: tuple[Any, ...], wanted: str
         asyncio.run(alike())
     assert len(rig.channel.sent) == sent
     assert rig.tracker.assignments(OUT, SITE) == (ESP,)
+
+
+def failing(rig: Rig, kind: type[OSError], number: int | None, times: int) -> None:
+    """The next receive() calls that come after something was sent fail."""
+    inner, left = rig.channel.receive, times
+
+    def receive(timeout: float | None) -> bytes | None:
+        nonlocal left
+        if left and rig.channel.sent and rig.channel.sent[-1].type == ADD:
+            left -= 1
+            raise kind(number, "broken") if number else kind("broken")
+        return inner(timeout)
+
+    rig.channel.receive = receive  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("kind", "number"), [(OSError, errno.EINTR), (OSError, errno.EAGAIN), (TimeoutError, None)])
+def test_a_receive_that_only_found_nothing_is_done_again(kind: type[OSError], number: int | None) -> None:
+    rig = Rig("linux")
+    failing(rig, kind, number, 3)
+    assert rig.tracker.add(OUT, SITE, ESP).sent == (ADD,)
+    rig.agrees()
+
+
+def test_a_receive_that_never_finds_anything_ends_in_time() -> None:
+    rig = Rig("linux")
+    failing(rig, OSError, errno.EAGAIN, -1)
+    with pytest.raises(ReplyTimeout):
+        rig.tracker.add(OUT, SITE, ESP)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOMEM, errno.ENETDOWN])
+@pytest.mark.parametrize("profile", ["linux", "freebsd-13", "netbsd"])
+def test_a_receive_that_fails_leaves_the_outcome_open(profile: str, number: int) -> None:
+    """The assignment is recorded, the error is one of this package, and the next call finds out."""
+    rig = Rig(profile)
+    failing(rig, OSError, number, 1)
+    with pytest.raises(KernelError, match=r"reading from .* failed") as raised:
+        rig.tracker.add(OUT, SITE, ESP)
+    assert (raised.value.errno, raised.value.outcome_unknown) == (number, True)
+    assert rig.tracker.assignments(OUT, SITE) == (ESP,)
+    with suppress(PFKeyError):
+        rig.tracker.replace(OUT, SITE, ESP, MOVED)
+    rig.tracker.resync()
+    rig.agrees()
