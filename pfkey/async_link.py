@@ -86,10 +86,15 @@ class AsyncLink(Shared):
     # Requests.
 
     async def exchange(self, messages: Sequence[Message], timeout: float) -> list[Request]:
-        """Send, in order, and wait until every one is answered, refused, or out of time: all are done then."""
+        """Send, in order, and wait until every one is answered, refused, or out of time: all are done then.
+
+        The loop's other tasks get a turn before each send: most kernels have answered when it returns, so that nothing
+        is left to wait for, and a task that asks again and again would have the loop to itself.
+        """
         self._attach()
         done: list[Request] = []
         while len(done) < len(messages):
+            await asyncio.sleep(0)
             waiter = Task(timeout)
             try:
                 await self._exchange(waiter, messages, len(done))

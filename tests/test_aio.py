@@ -398,3 +398,33 @@ def test_import_pfkey_leaves_asyncio_alone() -> None:
         "import sys, pfkey; assert 'asyncio' not in sys.modules; pfkey.connect; assert 'asyncio' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+def test_a_task_that_asks_again_and_again_leaves_turns_to_others(rig: Rig) -> None:
+    """The kernel has answered when send() returns, so nothing is waited for: a limit of time must work all the same."""
+
+    async def main() -> None:
+        async with AsyncKernel.connect(rig.channel(), timeout=10) as kernel:
+            turns = 0
+
+            async def other() -> None:
+                nonlocal turns
+                while True:
+                    turns += 1
+                    await asyncio.sleep(0)
+
+            beside = asyncio.create_task(other())
+            for number in range(20):
+                await kernel.add_policy(discard(site(number)))
+            beside.cancel()
+            assert turns >= 20
+
+            async def for_ever() -> None:
+                while True:
+                    await kernel.update_policy(discard(site(1)))
+
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(for_ever(), 0.05)
+            assert clean(kernel)
+
+    run(main)
