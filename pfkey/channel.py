@@ -134,6 +134,7 @@ _SO_RCVBUFFORCE = 33  # Linux: past net.core.rmem_max, for CAP_NET_ADMIN
 _SO_RERROR = 0x20000  # FreeBSD 14: receive() reports ENOBUFS after an overflow instead of losing it silently
 _FIRST_BUFFER = {"linux": 8 << 20}
 _BSD_BUFFER = 2 << 20
+_SMALLEST_BUFFER = 16384
 _COST_PER_ANSWER = 1280  # bytes of receive buffer that Linux 6.1 charges for a message of 192 to 608 bytes
 _LARGEST_MESSAGE = 16384
 _BATCH = 64
@@ -181,7 +182,12 @@ class NativeChannel:
         return True
 
     def set_receive_buffer(self, size: int) -> int:
-        """Ask for a receive buffer of `size` bytes; returns what there is now.  Raises OSError when it is refused."""
+        """Ask for a receive buffer of `size` bytes; returns what there is now.  Raises OSError when it is refused.
+
+        It never gets smaller than 16 KiB: in a buffer of fewer than three messages Linux stops a dump for ever, and
+        answers EBUSY to every later one of this socket.
+        """
+        size = max(size, _SMALLEST_BUFFER)
         if not (sys.platform == "linux" and self._option(_SO_RCVBUFFORCE, size)):
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
         self.receive_buffer = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)

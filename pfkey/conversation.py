@@ -410,7 +410,8 @@ class Conversation:
 
     def _add_part(self, request: Request, message: Message, data: bytes) -> None:
         if message.errno and not request.count and message.errno < 128:
-            request.error = self._refusal(request, message)
+            advice = _UNFINISHED if self.abi.error_name(message.errno) == "EBUSY" else ""
+            request.error = self._refusal(request, message, advice)
             return
         if message.errno:
             request.error = DumpOverflow(
@@ -449,6 +450,10 @@ def _may_go_on(dump: Request) -> bool:
     return not isinstance(error, (KernelError, ChannelClosed)) or getattr(error, "outcome_unknown", False)
 
 
+_UNFINISHED = (
+    "a former dump of this connection has not come to its end; Linux never goes on with one when the receive buffer"
+    " takes fewer than three messages (4 kB): ask over another connection, with a larger buffer"
+)
 _PREFIXED = (ExtensionType.ADDRESS_SRC, ExtensionType.ADDRESS_DST)
 _BY_ID = (MessageType.SPDGET, MessageType.SPDDELETE2)
 

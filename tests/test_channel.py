@@ -217,6 +217,15 @@ def test_the_native_channel(native: tuple[NativeChannel, socket.socket]) -> None
     assert channel.fileno() == -1
 
 
+@pytest.mark.parametrize("size", [-1, 0, 2304, 16384])
+def test_the_receive_buffer_never_gets_too_small_for_a_dump(
+    native: tuple[NativeChannel, socket.socket], size: int
+) -> None:
+    """Linux stops a dump for ever where not even three messages fit (3840 bytes, as it counts)."""
+    channel, _ = native
+    assert 16384 <= channel.set_receive_buffer(size) == channel.receive_buffer <= 65536
+
+
 def test_an_interrupted_wait_goes_on(native: tuple[NativeChannel, socket.socket]) -> None:
     """A signal whose handler returns is no error and no message."""
     channel, kernel = native

@@ -208,6 +208,7 @@ def test_a_dump_that_is_refused(number: int, name: str) -> None:
     request = dump(LINUX, [100], {0: number})
     assert isinstance(request.error, KernelError)
     assert request.error.name == name
+    assert ("larger buffer" in str(request.error)) == (name == "EBUSY")
 
 
 @pytest.mark.parametrize(("abi", "seqs"), [(LINUX, UP), (FREEBSD, DOWN)], ids=str)
