@@ -90,12 +90,28 @@ def _rounds(book: Book, works: Sequence[Work]) -> Steps:
         asked = {work.tracked for work in works}
         pending = [work for work in [*pending, *others] if _needs_another(work) or (beside and _is_upset(book, work))]
         pending = [work for work in pending if not (work.mover and work.tracked in asked)]
-        for work in pending:
-            work.existed = work.postponed = False
         if not pending:
             break
+        taken = [work for work in pending if work.existed]
+        for work in pending:
+            work.existed = work.postponed = False
+    else:
+        _tell_invisible(taken)
     if beside and works:
         _account(book, works, beside)
+
+
+def _tell_invisible(works: Sequence[Work]) -> None:
+    """The kernel said to the last that their selectors are taken, and no read shows by what."""
+    for work in works:
+        if work.error is None and not work.tracked.holds_top():
+            work.fail(
+                ForeignPolicy(
+                    f"{work.tracked} was not installed: {work.tracked.abi} answers SPDADD as if it were there (EEXIST),"
+                    " and no dump shows it; what PF_KEY does not show may hold the selector (an interface's policy, one"
+                    " that is about to go), or somebody adds and deletes it all the time"
+                )
+            )
 
 
 def _account(book: Book, works: Sequence[Work], beside: Sequence[Work]) -> None:

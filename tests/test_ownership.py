@@ -342,3 +342,20 @@ def test_what_a_sweep_was_told_to_keep_stays_when_its_update_is_refused(profile:
     with tracker.transaction(sweep=True):
         pass
     assert rig.held(SITE) is None
+
+
+@pytest.mark.parametrize("ownership", ["refuse", "adopt", "take_over"])
+@pytest.mark.parametrize("profile", ALL)
+def test_a_selector_that_is_taken_by_what_nobody_sees(profile: str, ownership: str) -> None:
+    """SPDADD says EEXIST again and again, and no dump shows why: that is no policy, and the caller hears of it."""
+    rig = Rig(profile, ownership=ownership)
+    for _ in range(8):
+        rig.fault(ADD, rejects("EEXIST"))
+    with pytest.raises(ForeignPolicy, match="no dump shows it"):
+        rig.tracker.add(OUT, SITE, ESP)
+    assert rig.tracker.assignments(OUT, SITE) == ()
+    with pytest.raises(TransactionError, match="no dump shows it"), rig.tracker.transaction():
+        rig.tracker.add(OUT, SITE, ESP)
+    rig.channel.faults.clear()
+    assert rig.tracker.add(OUT, SITE, ESP).sent == (ADD,)
+    rig.agrees()
