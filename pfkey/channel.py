@@ -77,7 +77,7 @@ def receive_many(channel: Channel, limit: int, timeout: float | None) -> list[by
     """Up to `limit` messages: wait for the first, take what else is there."""
     many = getattr(channel, "receive_many", None)
     if many is not None:
-        return list(many(limit, timeout))
+        return list(many(limit, timeout) or ())
     received: list[bytes] = []
     while len(received) < limit:
         data = channel.receive(0.0 if received else timeout)

@@ -107,11 +107,12 @@ def send(channel: Channel, requests: Iterable[Request]) -> list[Request]:
     while waiting:
         try:
             # One whose send failed may have been carried out (FreeBSD, ENOBUFS), and is never sent again.
-            if len(waiting) == 1 or not hasattr(channel, "send_many"):
+            sent = 0
+            if len(waiting) > 1 and hasattr(channel, "send_many"):
+                sent = min(send_many(channel, [request.data for request in waiting]), len(waiting))
+            if sent <= 0:  # it took none of several and did not say why: one alone is sent, or raises
                 channel.send(waiting[0].data)
                 sent = 1
-            else:
-                sent = send_many(channel, [request.data for request in waiting])
         except OSError as error:
             failed = waiting.popleft()
             failed.error = _send_error(failed, error, channel.abi)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,9 +19,11 @@ from pfkey import (
     EmbeddedKernel,
     EncodeError,
     KernelError,
+    PolicyTracker,
     ReplyTimeout,
     Selector,
     Template,
+    connect,
 )
 from pfkey.errors import PFKeyError, TransactionError
 
@@ -132,3 +135,35 @@ def test_a_receive_that_fails_leaves_the_outcome_open(profile: str, number: int)
         rig.tracker.replace(OUT, SITE, ESP, MOVED)
     rig.tracker.resync()
     rig.agrees()
+
+
+class Careless:
+    """A channel whose send_many() tells another number than it should, and does what it tells."""
+
+    def __init__(self, embedded: EmbeddedKernel, takes: int, tells: int) -> None:
+        self._inner = embedded.connect()
+        self.abi = embedded.abi
+        self.send, self.receive = self._inner.send, self._inner.receive
+        self.fileno, self.close = self._inner.fileno, self._inner.close
+        self._takes, self._tells = takes, tells
+
+    def send_many(self, messages: Sequence[bytes]) -> int:
+        for message in messages[: self._takes]:
+            self.send(message)
+        return self._tells
+
+    def receive_many(self, limit: int, timeout: float | None) -> list[bytes] | None:
+        return self._inner.receive_many(limit, timeout) or None
+
+
+@pytest.mark.parametrize(("takes", "tells"), [(1, 1), (0, 0), (0, -1), (64, 65)])
+def test_a_send_many_that_takes_none_or_tells_too_many(takes: int, tells: int) -> None:
+    """It is not called again for ever, nor are more taken off the list than there are."""
+    embedded = EmbeddedKernel("linux")
+    with connect(Careless(embedded, takes, tells), timeout=1) as kernel:
+        tracker = PolicyTracker(kernel)
+        with tracker.transaction():
+            for number in range(20):
+                tracker.add(OUT, Selector(f"10.{number}.0.0/16", "10.200.0.0/16"), ESP)
+        assert len(embedded.policies()) == 20
+        assert tracker.resync() == ()
