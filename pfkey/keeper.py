@@ -53,7 +53,7 @@ def make_settings(
 ) -> Settings:
     """Check what a tracker is told; ValueError for what is none of the choices."""
     number = owner_number(owner) if owner is not None else int.from_bytes(os.urandom(4), "little") >> 4 or 1
-    if linger < 0:
+    if not linger >= 0:  # nor is NaN one
         raise ValueError(f"linger is a number of seconds, not {linger}")
     return Settings(number, owner is not None, Ownership(ownership), Guard(guard), Guard(host_guard), linger)
 
@@ -412,7 +412,8 @@ class PolicyTracker:
             self._timer.cancel()
             self._timer = None
         if due is not None:
-            self._timer, self._timer_due = threading.Timer(max(0.0, due - time.monotonic()), self._linger_is_over), due
+            seconds = min(max(0.0, due - time.monotonic()), _LONGEST_WAIT)  # it is set again when nothing is due then
+            self._timer, self._timer_due = threading.Timer(seconds, self._linger_is_over), due
             self._timer.daemon = True
             self._timer.start()
 
@@ -431,5 +432,7 @@ class PolicyTracker:
                 self._set_timer()
 
 
+_LONGEST_WAIT = 86400.0
+"""Seconds: no lock can be waited for some centuries, or for ever."""
 GRACE_SECONDS = 0.02
 """In which all packets under way are through; 3 ms were enough in 10,000 measured updates (Linux 6.18)."""

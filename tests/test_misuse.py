@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -167,3 +169,24 @@ def test_a_send_many_that_takes_none_or_tells_too_many(takes: int, tells: int) -
                 tracker.add(OUT, Selector(f"10.{number}.0.0/16", "10.200.0.0/16"), ESP)
         assert len(embedded.policies()) == 20
         assert tracker.resync() == ()
+
+
+@pytest.mark.parametrize("linger", [1e10, 1e300, float("inf")])
+def test_a_policy_may_linger_for_ever(linger: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread can wait so long at once."""
+    died: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", died.append)
+    rig = Rig("linux", linger=linger)
+    rig.tracker.add(OUT, SITE, ESP)
+    assert rig.tracker.remove(OUT, SITE, ESP).sent == ()
+    time.sleep(0.05)
+    assert died == []
+    assert rig.held(SITE) is not None
+    rig.tracker.close()
+    assert rig.held(SITE) is None
+
+
+@pytest.mark.parametrize("linger", [-1, float("nan")])
+def test_what_is_no_number_of_seconds(linger: float) -> None:
+    with pytest.raises(ValueError, match="linger"):
+        Rig("linux", linger=linger)
