@@ -102,7 +102,7 @@ class PolicyTracker:
         self._tracking = Tracking(kernel.abi, self._check_policy, settings)
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
-        self._in_order = threading.RLock()
+        self._in_order = threading.Lock()
         """Held by the one transaction that is under way."""
         self._lock_path = lock
         self._lock_timeout = lock_timeout

@@ -6,7 +6,7 @@ import asyncio
 import errno
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -190,3 +190,25 @@ def test_a_policy_may_linger_for_ever(linger: float, monkeypatch: pytest.MonkeyP
 def test_what_is_no_number_of_seconds(linger: float) -> None:
     with pytest.raises(ValueError, match="linger"):
         Rig("linux", linger=linger)
+
+
+def test_a_transaction_of_a_generator_that_ends_in_another_thread() -> None:
+    """The garbage collector ends generators in whatever thread it runs: the transaction is over then, for everybody."""
+    rig = Rig("linux")
+
+    def half() -> Iterator[None]:
+        with rig.tracker.transaction():
+            rig.tracker.add(OUT, SITE, ESP)
+            yield
+
+    generator = half()
+    next(generator)
+    closing = threading.Thread(target=generator.close)  # type: ignore[attr-defined]
+    closing.start()
+    closing.join()
+    assert rig.tracker.policies() == ()
+    adding = threading.Thread(target=rig.tracker.add_tunnel, args=(SITE, ESP), daemon=True)
+    adding.start()
+    adding.join(20)
+    assert not adding.is_alive()
+    rig.agrees()
