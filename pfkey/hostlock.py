@@ -21,24 +21,35 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 class WriterLock:
     """Who holds it is the only writer.  `path` is the file that the processes of this host lock, None for none.
 
-    Take it with `try_to_take` until that says None, after the pauses that it suggests.
+    Take it with `take`, or with `try_to_take` until that says True.  `by` is who takes it: `release` by anybody else,
+    or said once more, does nothing.  An interrupt (Ctrl-C) may come at any moment, and leaves it taken or free.
     """
 
     def __init__(self, path: str | None) -> None:
         self.path = path
-        self._inside = threading.Lock()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._taken = False
+        self._by: object = None
         self._descriptor = -1
 
-    def take(self, timeout: float) -> None:
+    def take(self, timeout: float, by: object = None) -> None:
         """Take it; SPDLocked when somebody else still has it after `timeout` seconds."""
-        deadline = time.monotonic() + timeout
-        if not self._inside.acquire(timeout=timeout):
-            raise self.refused(timeout)
+        deadline, mine = time.monotonic() + timeout, False
         try:
-            self._wait_for_file(deadline, timeout)
+            with self._lock:  # acquire() would be interrupted when it has it already, and nobody would know
+                while self._taken and (left := deadline - time.monotonic()) > 0:
+                    self._changed.wait(left)
+                if not self._taken:
+                    self._by, self._taken, mine = by, True, True
+            if mine:
+                self._wait_for_file(deadline, timeout)
         except BaseException:
-            self._inside.release()
+            if mine:
+                self.release(by)
             raise
+        if not mine:
+            raise self.refused(timeout)
 
     def _wait_for_file(self, deadline: float, timeout: float) -> None:
         pause = _FIRST_PAUSE
@@ -48,27 +59,35 @@ class WriterLock:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def try_to_take(self) -> bool:
+    def try_to_take(self, by: object = None) -> bool:
         """Take it if nobody has it."""
-        if not self._inside.acquire(blocking=False):
-            return False
+        mine = done = False
         try:
-            taken = self._take_file()
+            with self._lock:
+                if self._taken:
+                    return False
+                self._by, self._taken, mine = by, True, True
+            done = self._take_file()
         except BaseException:
-            self._inside.release()
+            if mine:
+                self.release(by)
             raise
-        if not taken:
-            self._inside.release()
-        return taken
+        if not done:
+            self.release(by)
+        return done
 
-    def release(self) -> None:
+    def release(self, by: object = None) -> None:
         """Let others write."""
+        if not self._taken or self._by is not by:
+            return
         if self._descriptor >= 0:
             # Closing alone would leave it to a child that was forked meanwhile, for as long as that lives.
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-            os.close(self._descriptor)
-            self._descriptor = -1
-        self._inside.release()
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
+        with self._lock:
+            self._by, self._taken = None, False
+            self._changed.notify()
 
     def refused(self, timeout: float) -> SPDLocked:
         """What to raise after waiting in vain."""

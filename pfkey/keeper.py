@@ -233,7 +233,14 @@ class PolicyTracker:
                     tracking.roll_back(me)
                     self._tell_idle()
                 raise
-            self._run(tracking.commit(me))
+            try:
+                self._run(tracking.commit(me))
+            except KeyboardInterrupt:
+                if tracking.join(me) is transaction:  # before anything was done
+                    with self._lock:
+                        tracking.roll_back(me)
+                        self._tell_idle()
+                raise
 
     def flush(self) -> tuple[Change, ...]:
         """Forget all assignments and delete this tracker's policies, one by one: nobody else's, never by SPDFLUSH.
@@ -332,39 +339,66 @@ class PolicyTracker:
         return self._run(tracking.call(threading.get_ident(), direction, selector, old, new))
 
     def _run(self, steps: Run[T]) -> T:
-        """Carry a run out: what it decides under the lock, what it asks for without."""
-        value: Any = None
-        error: BaseException | None = None
-        writer: WriterLock | None = None
+        """Carry a run out: what it decides under the lock, what it asks for without.
+
+        An interrupt (Ctrl-C) may come between any two steps of this: one that the run has not seen is raised in it, so
+        that it sees to its guards and lets go of its policies; `tracking.Tracking._ending` says where that may be.
+        """
+        writers: list[WriterLock] = []
+        unseen: BaseException | None = None
         try:
             while True:
-                with self._lock:
-                    try:
-                        effect = steps.send(value) if error is None else steps.throw(error)
-                        while effect is IDLE:
-                            effect = self._wait(steps)
-                    except StopIteration as end:
-                        result: T = end.value
-                        return result
-                    finally:
-                        self._tell_idle()
-                value, error = None, None
                 try:
-                    if isinstance(effect, Ask):
-                        value = self._ask(effect)
-                    elif isinstance(effect, Dump):
-                        value = Rows.of(self._kernel.dump_policies(), self._abi)
-                    elif effect is GRACE:
-                        self._grace()
-                    elif effect is ENTER and writer is None:
-                        wanted = self._writer()
-                        wanted.take(self._lock_timeout)
-                        writer = wanted
-                except BaseException as failure:
-                    error = failure
+                    return self._carry_on(steps, unseen, writers)
+                except BaseException as error:
+                    if steps.gi_frame is None:  # type: ignore[attr-defined]  # it has ended
+                        raise
+                    unseen = error
         finally:
-            if writer is not None:
-                writer.release()
+            interrupt: KeyboardInterrupt | None = None
+            while True:
+                try:
+                    for writer in writers:
+                        writer.release(by=writers)
+                    if self._tracking.released:
+                        with self._lock:
+                            self._tell_idle()
+                    break
+                except KeyboardInterrupt as error:
+                    interrupt = error
+            if interrupt is not None:
+                raise interrupt
+
+    def _carry_on(self, steps: Run[T], error: BaseException | None, writers: list[WriterLock]) -> T:
+        value: Any = None
+        while True:
+            with self._lock:
+                try:
+                    effect = steps.send(value) if error is None else steps.throw(error)
+                    while effect is IDLE:
+                        effect = self._wait(steps)
+                except StopIteration as end:
+                    result: T = end.value
+                    return result
+                finally:
+                    self._tell_idle()
+            value, error = None, None
+            try:
+                if isinstance(effect, Ask):
+                    value = self._ask(effect)
+                elif isinstance(effect, Dump):
+                    value = Rows.of(self._kernel.dump_policies(), self._abi)
+                elif effect is GRACE:
+                    self._grace()
+                elif effect is ENTER and not writers:
+                    self._enter(writers)
+            except BaseException as failure:
+                error = failure
+
+    def _enter(self, writers: list[WriterLock]) -> None:
+        writer = self._writer()
+        writers.append(writer)  # before it is taken: an interrupt comes when it is, or never
+        writer.take(self._lock_timeout, by=writers)
 
     def _wait(self, steps: Run[Any]) -> Any:
         """Let others work until somebody lets go of a policy; the lock is held before and after."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from .abi import Abi
 from .assignment import Assignment
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["Tracking"]
 
 log = logging.getLogger("pfkey.keeper")
+
+T = TypeVar("T")
 
 
 class Tracking:
@@ -96,11 +98,7 @@ class Tracking:
             book.close(tracked)
             return change
         work = Work(tracked, steps if new is not None else None)
-        tracked.busy = work
-        try:
-            yield from settle(book, (work,))
-        finally:
-            self._let_go(tracked)
+        yield from self._working(tracked, work, settle(book, (work,)))
         if work.error is not None:
             raise work.error from work.error.__cause__
         return work.change
@@ -111,18 +109,8 @@ class Tracking:
         book.must_support(direction)
         holder = self.transactions.get(me) or object()
         tracked = yield from self._open(direction, selector, holder)
-        before, tracked.busy = tracked.busy, holder
-        try:
-            if tracked.top is None and tracked.installed.state is State.ABSENT:
-                raise NotTracked(f"{tracked} is not tracked")
-            policy = yield from _shown(book, tracked)
-            if policy is None:
-                raise NotTracked(f"{tracked} is not in the kernel; {state_text(tracked)}")
-            return policy
-        finally:
-            tracked.busy = before
-            if before is None:
-                self._let_go(tracked)
+        shown = _shown(book, tracked)
+        return (yield from shown if tracked.busy is holder else self._working(tracked, holder, shown))
 
     def heal(self, message: Message) -> Run[Healing | None]:
         """See to the policy that an event is about."""
@@ -130,11 +118,7 @@ class Tracking:
             yield IDLE
         if tracked is None:
             return None
-        tracked.busy = message
-        try:
-            return (yield from heal(self.book, tracked, message, time.monotonic()))
-        finally:
-            self._let_go(tracked)
+        return (yield from self._working(tracked, message, heal(self.book, tracked, message, time.monotonic())))
 
     # Many.
 
@@ -151,26 +135,26 @@ class Tracking:
 
     def roll_back(self, me: object) -> None:
         """An exception came out of it: every list is what it was."""
-        transaction = self.transactions.pop(me)
-        transaction.roll_back()
-        self._end(transaction)
+        transaction = self.transactions[me]
+        for _ in self._ending(transaction, _taken_back(transaction), me):
+            pass
 
     def commit(self, me: object) -> Steps:
-        """Carry a transaction out."""
-        transaction, book = self.transactions.pop(me), self.book
-        try:
-            if transaction.sweep:
-                try:
-                    yield from self._sweep(transaction)
-                except BaseException:  # Ctrl-C, a cancelled task: nothing was sent for the lists yet
-                    transaction.roll_back()
-                    raise
-            works = transaction.works(book)
-            if works:
-                yield from settle(book, works)
-            transaction.finish(works)
-        finally:
-            self._end(transaction)
+        """Carry a transaction out.  When it is interrupted before it begins, `me` still is in it, to be rolled back."""
+        transaction = self.transactions[me]
+        yield from self._ending(transaction, self._commit(transaction), me)
+
+    def _commit(self, transaction: Transaction) -> Steps:
+        if transaction.sweep:
+            try:
+                yield from self._sweep(transaction)
+            except BaseException:  # Ctrl-C, a cancelled task: nothing was sent for the lists yet
+                transaction.roll_back()
+                raise
+        works = transaction.works(self.book)
+        if works:
+            yield from settle(self.book, works)
+        transaction.finish(works)
 
     def _sweep(self, transaction: Transaction) -> Steps:
         """Take in what nobody wants; when it cannot be looked for, the rest is carried out, and the error told then."""
@@ -185,27 +169,27 @@ class Tracking:
     def flush(self) -> Run[tuple[Change, ...]]:
         """Delete whatever is tracked."""
         mine = Transaction(sweep=False)
+        return (yield from self._ending(mine, self._flush(mine)))
+
+    def _flush(self, mine: Transaction) -> Run[tuple[Change, ...]]:
         works: list[Work] = []
-        try:
-            yield from self._seize_all(mine)
-            for tracked in mine:
-                tracked.clear()
-                tracked.troubles = None
-                works.append(Work(tracked))
-            yield from settle(self.book, works)
-            close_error(works, "could not be deleted")
-            return tuple(work.change for work in works)
-        finally:
-            self._end(mine)
+        yield from self._seize_all(mine)
+        for tracked in mine:
+            tracked.clear()
+            tracked.troubles = None
+            works.append(Work(tracked))
+        yield from settle(self.book, works)
+        close_error(works, "could not be deleted")
+        return tuple(work.change for work in works)
 
     def resync(self, *, by_hand: bool = True) -> Run[tuple[Difference, ...]]:
         """Compare all with the kernel and put right what differs."""
         mine = Transaction(sweep=False)
-        try:
-            yield from self._seize_all(mine)
-            return (yield from resync(self.book, list(mine), by_hand=by_hand))
-        finally:
-            self._end(mine)
+        return (yield from self._ending(mine, self._resync(mine, by_hand=by_hand)))
+
+    def _resync(self, mine: Transaction, *, by_hand: bool) -> Run[tuple[Difference, ...]]:
+        yield from self._seize_all(mine)
+        return (yield from resync(self.book, list(mine), by_hand=by_hand))
 
     def end_lingering(self, now: float | None) -> Steps:
         """Delete what has lingered long enough (monotonic seconds); with None all that lingers.
@@ -213,6 +197,9 @@ class Tracking:
         What could not be deleted lingers once more, for no other call may come for it.
         """
         mine = Transaction(sweep=False)
+        yield from self._ending(mine, self._end_lingering(mine, now))
+
+    def _end_lingering(self, mine: Transaction, now: float | None) -> Steps:
         works: list[Work] = []
         try:
             for tracked in list(self.book.lingering):
@@ -232,7 +219,6 @@ class Tracking:
             for work in works:
                 if now is not None and not len(work.tracked) and not work.tracked.holds_top():
                     let_linger(self.book, work.tracked)
-            self._end(mine)
 
     def next_end(self) -> float | None:
         """When the first of those that linger has to go (monotonic seconds); None when none does."""
@@ -280,36 +266,61 @@ class Tracking:
     def _seize(self, tracked: TrackedPolicy, holder: Transaction) -> Steps:
         while tracked.busy is not None and tracked.busy is not holder:
             yield IDLE
-        tracked.busy = holder
         holder.hold(tracked)
+        tracked.busy = holder
 
     def _seize_all(self, holder: Transaction) -> Steps:
         for tracked in list(self.book):
             while tracked.busy is not None:
                 yield IDLE
             if self.book.get(tracked.direction, tracked.selector) is tracked:  # it may have ended meanwhile
-                tracked.busy = holder
                 holder.hold(tracked)
+                tracked.busy = holder
 
-    def _let_go(self, tracked: TrackedPolicy) -> None:
-        self._release((tracked,))
+    def _working(self, tracked: TrackedPolicy, holder: object, steps: Run[T]) -> Run[T]:
+        """Hold a policy for these steps."""
+        held = (tracked,)
+        try:
+            tracked.busy = holder
+            return (yield from steps)
+        finally:
+            interrupt: KeyboardInterrupt | None = None
+            while True:
+                try:
+                    self._release(held)
+                    break
+                except KeyboardInterrupt as error:
+                    interrupt = error
+            if interrupt is not None:
+                raise interrupt
+
+    def _ending(self, transaction: Transaction, steps: Run[T], me: object = None) -> Run[T]:
+        """Carry these steps out, and let go of what the transaction (that of `me`) holds.
+
+        An interrupt (Ctrl-C) meanwhile comes afterwards, or others would wait for the rest for ever.  The interpreter
+        looks for signals when a function is called, begins, or a loop begins again: between the end of the steps and
+        the inner `try` there is no such place, and in the latter an interrupt only makes it begin anew.
+        """
+        try:
+            self.transactions.pop(me, None)
+            return (yield from steps)
+        finally:
+            interrupt: KeyboardInterrupt | None = None
+            while True:
+                try:
+                    self._end(transaction)
+                    break
+                except KeyboardInterrupt as error:
+                    interrupt = error
+            if interrupt is not None:
+                raise interrupt
 
     def _end(self, transaction: Transaction) -> None:
         transaction.over = True
         self._release(transaction)
 
     def _release(self, held: Iterable[TrackedPolicy]) -> None:
-        """Let go of all; an interrupt (Ctrl-C) meanwhile comes afterwards, or others would wait for the rest for ever.
-
-        Nobody else looks before it is done, so that it can be begun again.
-        """
-        try:
-            self._release_each(held)
-        except KeyboardInterrupt:
-            self._release_each(held)
-            raise
-
-    def _release_each(self, held: Iterable[TrackedPolicy]) -> None:
+        """Let go of all; nobody else looks before it is done, so that it may be begun again when it was interrupted."""
         self.released = True
         for tracked in held:
             tracked.busy = None
@@ -321,7 +332,22 @@ class Tracking:
             raise PFKeyError(f"{what} within a transaction would wait for its own end; call it before or after")
 
 
-def _shown(book: Book, tracked: TrackedPolicy) -> Run[Policy | None]:
+def _taken_back(transaction: Transaction) -> Steps:
+    transaction.roll_back()
+    yield from ()
+
+
+def _shown(book: Book, tracked: TrackedPolicy) -> Run[Policy]:
+    """The policy as the kernel shows it; NotTracked when it is not tracked, or the kernel has it no more."""
+    if tracked.top is None and tracked.installed.state is State.ABSENT:
+        raise NotTracked(f"{tracked} is not tracked")
+    policy = yield from _sought(book, tracked)
+    if policy is None:
+        raise NotTracked(f"{tracked} is not in the kernel; {state_text(tracked)}")
+    return policy
+
+
+def _sought(book: Book, tracked: TrackedPolicy) -> Run[Policy | None]:
     """The policy as the kernel shows it, None when it has it no more."""
     for _ in range(2):
         if tracked.installed.state is State.UNKNOWN or not tracked.installed.policy_id:

@@ -58,19 +58,40 @@ def check(book: Book, tracked: TrackedPolicy, assignment: Assignment) -> None:
     book.check_policy(tracked.policy(assignment))
 
 
-def shift(book: Book, tracked: TrackedPolicy, old: Assignment | None, new: Assignment | None) -> list[Undo]:
-    """Take `old` out of the list and put `new` in; what takes that back."""
+def shift(
+    book: Book,
+    tracked: TrackedPolicy,
+    old: Assignment | None,
+    new: Assignment | None,
+    steps: list[Undo] | None = None,
+) -> list[Undo]:
+    """Take `old` out of the list and put `new` in; what takes that back is appended to `steps`, and returned.
+
+    An interrupt (Ctrl-C) leaves no step out of `steps`, and never the old one gone without the new one there.
+    """
+    steps = [] if steps is None else steps
     if new is None:
         assert old is not None
-        return [tracked.remove(old)]
-    if old is None:
-        check(book, tracked, new)
-        return [tracked.insert(new)]
+        steps.append(tracked.remove(old))
+        return steps
     if old == new:
         tracked.undo(tracked.remove(old))  # it must be there
-        return []
+        return steps
     check(book, tracked, new)
-    return [tracked.remove(old), tracked.insert(new)]
+    if old is None:
+        steps.append(tracked.insert(new))
+        return steps
+    without = tracked.remove(old)
+    done = False
+    try:
+        inserted = tracked.insert(new)
+        done = True
+        steps += (without, inserted)
+    except BaseException:
+        if not done:
+            tracked.undo(without)
+        raise
+    return steps
 
 
 def change_of(book: Book, tracked: TrackedPolicy, top: Assignment | None) -> Change | None:
@@ -159,17 +180,17 @@ class Transaction:
     def touch(self, book: Book, tracked: TrackedPolicy, old: Assignment | None, new: Assignment | None) -> None:
         """Change the list of a policy, which is this transaction's from now on."""
         touched = self._touched.get(tracked)
-        if touched is None:
-            top = tracked.top
-            steps = shift(book, tracked, old, new)
-            self._log.append((tracked, len(steps), False))
-            self._touched[tracked] = (top, new is not None, steps)
-            return
-        steps = shift(book, tracked, old, new)
-        self._log.append((tracked, len(steps), touched[1]))
-        touched[2].extend(steps)
-        if new is not None and not touched[1]:
-            self._touched[tracked] = (touched[0], True, touched[2])
+        top, added, steps = touched if touched is not None else (tracked.top, False, list[Undo]())
+        count = len(steps)
+        self._touched[tracked] = top, added, steps  # before anything is done: an interrupt must find it to take it back
+        try:
+            shift(book, tracked, old, new, steps)
+        except Exception:
+            if touched is None:
+                del self._touched[tracked]
+            raise
+        self._log.append((tracked, len(steps) - count, added))
+        self._touched[tracked] = top, added or new is not None, steps
 
     @property
     def mark(self) -> tuple[int, bool]:

@@ -234,7 +234,7 @@ def test_two_trackers_over_one_connection_write_one_after_the_other() -> None:
 def test_an_interrupt_while_waiting_for_it_leaves_it_free(profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(profile)
     with monkeypatch.context() as patched:
-        patched.setattr(WriterLock, "take", lambda self, timeout: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(WriterLock, "take", lambda self, timeout, by: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             rig.tracker.add(OUT, SITE, ESP)
     assert rig.tracker.add(OUT, SITE, ESP) is not None
