@@ -14,7 +14,17 @@ from .guards import Guard, Kind, read_tag, tag_lifetime
 from .messages import Policy, PolicyExtension, Selector
 from .overlaps import OverlapIndex
 from .refusals import unmatched_icmp
-from .tracker import ABSENT, Image, Installed, Request, State, TrackedPolicy, image_of, image_of_policy
+from .tracker import (
+    ABSENT,
+    Image,
+    Installed,
+    Request,
+    State,
+    TrackedPolicy,
+    direction_name,
+    image_of,
+    image_of_policy,
+)
 from .typed import PolicyRow, templates_of
 
 __all__ = ["Book", "Ownership", "Settings"]
@@ -317,7 +327,7 @@ class Book:
         """Raise NotSupported for a direction that the system lacks."""
         if int(direction) not in self.tables:
             names = ", ".join(known.name for known in self.abi.directions)
-            raise NotSupported(f"{self.abi} has no policies of direction {direction}; it has {names}")
+            raise NotSupported(f"{self.abi} has no policies of direction {direction_name(direction)}; it has {names}")
 
 
 def _kinds(image: Image) -> tuple[tuple[int, ...], ...]:

@@ -15,7 +15,7 @@ from .tracker import State, Step, TrackedPolicy, decide, image_text
 from .uses import state_text
 from .work import LINGERS, MESSAGES, REASONS, UNCHANGED, UNUSED, Work
 
-__all__ = ["Explanation", "explain"]
+__all__ = ["Explanation", "explain", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,21 @@ class Explanation:
             yield "  nothing uses it"
         for text in self.warnings:
             yield f"  warning: {text}"
+
+
+def unknown(tracked: TrackedPolicy) -> Explanation:
+    """A policy that no call was about, or that is over: the kernel may hold somebody else's, which is none of ours."""
+    return Explanation(
+        tracked.direction,
+        tracked.selector,
+        (),
+        image_text(None),
+        "it is not tracked, so whether the kernel holds one of somebody else was not looked at",
+        0,
+        (),
+        (),
+        "nobody uses it",
+    )
 
 
 def explain(book: Book, tracked: TrackedPolicy) -> Explanation:

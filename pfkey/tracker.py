@@ -27,6 +27,7 @@ __all__ = [
     "TrackedPolicy",
     "Undo",
     "decide",
+    "direction_name",
     "image_of",
     "image_of_policy",
     "image_text",
@@ -281,7 +282,7 @@ class TrackedPolicy:
     def __init__(self, direction: Direction, selector: Selector, abi: Abi) -> None:
         if direction not in abi.directions:
             names = ", ".join(known.name for known in abi.directions)
-            raise NotSupported(f"{abi} has no policies of direction {_name(direction)}; it has {names}")
+            raise NotSupported(f"{abi} has no policies of direction {direction_name(direction)}; it has {names}")
         self.direction = Direction(direction)
         self.selector = selector.canonical()
         self.abi = abi
@@ -457,5 +458,6 @@ def image_text(image: Image | None) -> str:
     return f"{text}, priority {image.priority}"
 
 
-def _name(direction: int) -> str:
+def direction_name(direction: int) -> str:
+    """Its name, or the number of one that has none."""
     return Direction(direction).name if direction in Direction.__members__.values() else str(direction)

@@ -17,7 +17,7 @@ from .book import Book, Settings
 from .codec import Message
 from .constants import Action, Direction
 from .errors import NotTracked, PFKeyError
-from .explain import Explanation, explain
+from .explain import Explanation, explain, unknown
 from .messages import Policy, Selector
 from .reading import IDLE, Run, Steps, get, is_entry, read
 from .resync import Difference, resync, sweep
@@ -242,7 +242,9 @@ class Tracking:
         """What is known, and what follows."""
         self.book.must_support(direction)
         tracked = self.book.get(direction, selector)
-        return explain(self.book, TrackedPolicy(direction, selector, self.abi) if tracked is None else tracked)
+        if tracked is None:
+            return unknown(TrackedPolicy(direction, selector, self.abi))
+        return explain(self.book, tracked)
 
     def assignments(self, direction: Direction, selector: Selector) -> tuple[Assignment, ...]:
         """What uses a policy."""
