@@ -254,6 +254,8 @@ def _claim(book: Book, work: Work) -> Step:
     book.note(tracked, Installed(State.OURS, installed.image, installed.policy_id, was_ours=True))
     work.notes.append("it was somebody else's")
     if book.settings.ownership is Ownership.TAKE_OVER:
+        if installed.image == tracked.desired:
+            work.reason = "it is what the assignment on top asks for, and the update puts our tag on it"
         return Step.UPDATE
     return decide(tracked.desired, tracked.installed)
 

@@ -113,6 +113,8 @@ class Work:
     sent: list[MessageType] = field(default_factory=list)
     guards: list[MessageType] = field(default_factory=list)
     error: PFKeyError | None = None
+    reason: str = ""
+    """Why it was sent, where that is another one than that of its kind."""
     notes: list[str] = field(default_factory=list)
     warnings: tuple[str, ...] = ()
 
@@ -121,7 +123,7 @@ class Work:
         """What the caller gets."""
         tracked = self.tracked
         if self.sent:
-            reason = REASONS[self.sent[-1]]
+            reason = self.reason or REASONS[self.sent[-1]]
         elif len(tracked):
             reason = UNCHANGED
         elif tracked.troubles is not None and tracked.troubles.lingers_until is not None:

@@ -359,3 +359,12 @@ def test_a_selector_that_is_taken_by_what_nobody_sees(profile: str, ownership: s
     rig.channel.faults.clear()
     assert rig.tracker.add(OUT, SITE, ESP).sent == (ADD,)
     rig.agrees()
+
+
+@pytest.mark.parametrize("profile", ["linux", "freebsd-13"])
+def test_taking_over_what_is_right_already_does_not_say_that_it_differed(profile: str) -> None:
+    rig = Rig(profile, ownership="take_over")
+    theirs(rig, assignment=ESP)
+    change = rig.tracker.add(OUT, SITE, ESP)
+    assert change.sent == (UPD,)
+    assert change.reason.startswith("it is what the assignment on top asks for, and the update puts our tag on it (")
