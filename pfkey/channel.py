@@ -40,11 +40,12 @@ class Channel(Protocol):
     within `timeout` seconds (None waits for ever).  `fileno` is -1 where there is no file descriptor to wait on.
     ChannelClosed says that the kernel cannot be reached any more.  One thread may send while another one receives.
 
-    A channel may also have `send_many`, `receive_many`, `receive_batch` and `set_receive_buffer(size) -> size`, which
-    the functions of this module do without (but a BSD drops what of a dump does not fit into the buffer, which is 8 KiB
-    unless more is asked for: 44 to 99 policies); `grace_period()`, which returns when every packet that was looking at
-    the SPD has finished; `host_lock`, the path of the lock file that all who write to this SPD share; and counters,
-    `lost` and `dropped`, of messages that nobody will see.
+    A channel may also have `send_many`, `receive_many`, `receive_batch`, `set_receive_buffer(size) -> size` (OSError
+    above the system's limit) and `receive_buffer`, its size in bytes, which the functions of this module do without (but
+    a BSD drops what of a dump does not fit into the buffer, which is 8 KiB unless more is asked for: 44 to 99 policies);
+    `grace_period()`, which returns when every packet that was looking at the SPD has finished; `host_lock`, the path of
+    the lock file that all who write to this SPD share; and counters, `lost` and `dropped`, of messages that nobody will
+    see.
     """
 
     @property
@@ -109,22 +110,29 @@ def lost(channel: Channel) -> int:
     return int(getattr(channel, "lost", 0)) + int(getattr(channel, "dropped", 0))
 
 
-_LARGEST_BUFFER = 64 << 20
+_LARGEST_BUFFER, _SUPPOSED_BUFFER = 64 << 20, 1 << 20
+_STEPS, _SUPPOSED_STEPS = (4, 2, 1.5, 1.25), (4, 2, 1, 0.5, 0.25)
+"""How much larger a buffer is tried to be, of known and of supposed size: FreeBSD refuses what is over its limit."""
 
 
 def grow_receive_buffer(channel: Channel) -> bool:
-    """Make the receive buffer larger, where the channel can and the system lets it."""
+    """Make the receive buffer larger, where the channel can and the system lets it: by less where that is its limit.
+
+    A channel that does not tell the size of its `receive_buffer` gets the largest of a few that the system grants.
+    """
     grow = getattr(channel, "set_receive_buffer", None)
     if grow is None:
         return False
-    size = int(getattr(channel, "receive_buffer", 1 << 20))
-    while size < _LARGEST_BUFFER:
-        size *= 4
+    size = getattr(channel, "receive_buffer", None)
+    for step in _STEPS if size is not None else _SUPPOSED_STEPS:
+        wanted = int((_SUPPOSED_BUFFER if size is None else size) * step)
+        if wanted > _LARGEST_BUFFER:
+            continue
         try:
-            granted = int(grow(size))
+            granted = int(grow(wanted))
         except OSError:
-            return False
-        if granted >= size:
+            continue
+        if size is None or granted > size:
             return True
     return False
 

@@ -33,7 +33,7 @@ __all__ = [
 
 log = logging.getLogger("pfkey.kernel")
 
-DUMP_TRIES = 4
+DUMP_TRIES = 6
 """How often an incomplete dump is asked for, each time with a larger receive buffer."""
 
 _OTHERWISE: dict[MessageType | int, str] = {

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from pfkey import Abi, ChannelClosed, KernelError, NotSupported
+from pfkey import Abi, ChannelClosed, EmbeddedKernel, KernelError, NotSupported
 from pfkey import channel as channels
 from pfkey._sockets import Arena, pf_key, send_many
 from pfkey.channel import NativeChannel
+from pfkey.embedded.channel import EmbeddedChannel
+from pfkey.embedded.profiles import profile
 from pfkey.tables import Batch
 
 
@@ -242,3 +244,43 @@ def test_an_interrupted_wait_goes_on(native: tuple[NativeChannel, socket.socket]
 
 def test_the_number_of_the_protocol_family() -> None:
     assert pf_key() == getattr(socket, "AF_KEY", pf_key())
+
+
+class Wrapped:
+    """A channel of somebody else's making, in front of an embedded FreeBSD's."""
+
+    def __init__(self, inner: EmbeddedChannel, *, tells: bool) -> None:
+        self.inner = inner
+        self.asked: list[int] = []
+        if tells:
+            self.receive_buffer = 8192
+
+    @property
+    def abi(self) -> Abi:
+        return self.inner.abi
+
+    def send(self, data: bytes) -> None:
+        self.inner.send(data)
+
+    def receive(self, timeout: float | None) -> bytes | None:
+        return self.inner.receive(timeout)
+
+    def fileno(self) -> int:
+        return -1
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def set_receive_buffer(self, size: int) -> int:
+        self.asked.append(size)
+        return self.inner.set_receive_buffer(size)
+
+
+@pytest.mark.parametrize("tells", [False, True], ids=["of unknown size", "of known size"])
+def test_a_receive_buffer_grows_to_what_the_system_grants(tells: bool) -> None:
+    limit = profile("freebsd-13").receive_buffer_limit
+    channel = Wrapped(EmbeddedKernel("freebsd-13").connect(), tells=tells)
+    while channels.grow_receive_buffer(channel) and tells:
+        assert channel.inner.receive_buffer > channel.receive_buffer
+        channel.receive_buffer = channel.inner.receive_buffer
+    assert limit / 2 < channel.inner.receive_buffer <= limit
