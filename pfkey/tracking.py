@@ -23,7 +23,17 @@ from .reading import IDLE, Run, Steps, get, is_entry, read
 from .resync import Difference, resync, sweep
 from .settle import settle
 from .tracker import State, TrackedPolicy
-from .uses import POSTPONED, Transaction, change_of, close_error, let_linger, lingers_until, shift, state_text
+from .uses import (
+    POSTPONED,
+    Transaction,
+    change_of,
+    close_error,
+    let_linger,
+    lingers_until,
+    say_outcome,
+    shift,
+    state_text,
+)
 from .watch import concerned, heal
 from .work import Change, Work
 
@@ -100,6 +110,7 @@ class Tracking:
         work = Work(tracked, steps if new is not None else None)
         yield from self._working(tracked, work, settle(book, (work,)))
         if work.error is not None:
+            say_outcome(work)
             raise work.error from work.error.__cause__
         return work.change
 

@@ -10,10 +10,10 @@ from .abi import Abi
 from .assignment import Assignment
 from .book import Book
 from .constants import Action, Direction, Level, MessageType, SAProtocol
-from .errors import EncodeError, PFKeyError, TransactionError
+from .errors import EncodeError, KernelError, PFKeyError, ReplyTimeout, TransactionError
 from .messages import Selector
 from .tracker import State, TrackedPolicy, Troubles, Undo, image_text
-from .work import LINGERS, UNCHANGED, UNUSED, Change, Work
+from .work import LINGERS, UNCHANGED, UNUSED, Change, Work, say_more, uncertain
 
 __all__ = [
     "POSTPONED",
@@ -24,6 +24,7 @@ __all__ = [
     "let_linger",
     "lingers_until",
     "mistaken",
+    "say_outcome",
     "shift",
     "state_text",
     "tunnel_calls",
@@ -265,6 +266,18 @@ def close_error(works: list[Work], what: str) -> None:
         {name: error for name, error, _ in failed},
         {name: state for name, _, state in failed},
     ) from failed[0][1]
+
+
+def say_outcome(work: Work) -> None:
+    """Let the error of a call say what the kernel holds now, where it does not say so already."""
+    error, state = work.error, state_text(work.tracked)
+    image = work.tracked.installed.image
+    if work.told or (image is not None and image_text(image) in str(error)):
+        return
+    if not isinstance(error, KernelError | ReplyTimeout):
+        return
+    known = uncertain(error) and work.tracked.installed.state is not State.UNKNOWN
+    say_more(error, f"it was read since: {state}" if known else state)
 
 
 def state_text(tracked: TrackedPolicy) -> str:

@@ -115,6 +115,8 @@ class Work:
     error: PFKeyError | None = None
     reason: str = ""
     """Why it was sent, where that is another one than that of its kind."""
+    told: bool = False
+    """The error says what became of the policy."""
     notes: list[str] = field(default_factory=list)
     warnings: tuple[str, ...] = ()
 
@@ -250,6 +252,7 @@ def _tell_repair(work: Work, text: str) -> None:
     assert work.error is not None
     log.warning("%s; %s", work.error, text)
     say_more(work.error, text)
+    work.told = True
 
 
 # Guards that have done their duty.
