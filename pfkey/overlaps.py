@@ -57,17 +57,18 @@ class _Table:
             self.rows[key] = tracked
         elif isinstance(there, dict):
             there[tracked] = None
-        else:
+        elif there is not tracked:
             self.rows[key] = {there: None, tracked: None}
 
     def discard(self, tracked: TrackedPolicy) -> None:
-        """One less."""
+        """One less, if it is there."""
         key = self.key(tracked.selector)
-        there = self.rows[key]
+        there = self.rows.get(key)
         if not isinstance(there, dict):
-            del self.rows[key]
+            if there is tracked:
+                del self.rows[key]
             return
-        del there[tracked]
+        there.pop(tracked, None)
         if len(there) == 1:
             self.rows[key] = next(iter(there))
 
@@ -93,9 +94,10 @@ class _Group:
         """The one whose keys are cut to these lengths, none of which is longer than the group's own."""
         table = self.tables.get((source, destination))
         if table is None:
-            table = self.tables[source, destination] = _Table(self.shape, source, destination)
+            table = _Table(self.shape, source, destination)
             for tracked in self:
                 table.add(tracked)
+            self.tables[source, destination] = table  # whole, whatever interrupts this
         return table
 
     def __iter__(self) -> Iterator[TrackedPolicy]:
@@ -105,10 +107,14 @@ class _Group:
     def count(self, priority: int, by: int) -> None:
         """Count a priority up or down."""
         count = self.priorities.get(priority, 0) + by
-        if count:
+        if count > 0:
             self.priorities[priority] = count
         else:
-            del self.priorities[priority]
+            self.priorities.pop(priority, None)
+
+
+_CHANGING = -1
+"""No priority: the policy is being put under another one."""
 
 
 class OverlapIndex:
@@ -120,22 +126,27 @@ class OverlapIndex:
         self._groups: dict[_Shape, _Group] = {}
 
     def put(self, tracked: TrackedPolicy, priority: int | None) -> None:
-        """Note the priority that a policy has from now on, None when it has gone."""
-        if tracked.indexed == priority:
+        """Note the priority that a policy has from now on, None when it has gone.
+
+        An interrupt (Ctrl-C) leaves it half done: the next call for the policy does it again.
+        """
+        before = tracked.indexed
+        if before == priority:
             return
         shape = _shape(tracked.selector)
         group = self._groups.get(shape)
         if group is None:
             group = self._groups[shape] = _Group(shape)
-        if tracked.indexed is None:
+        tracked.indexed = _CHANGING
+        if before is None or before == _CHANGING:
             for table in group.tables.values():
                 table.add(tracked)
         else:
-            group.count(tracked.indexed, -1)
+            group.count(before, -1)
         if priority is None:
             for table in group.tables.values():
                 table.discard(tracked)
-            if not group.priorities:
+            if not group.tables[shape[1:]].rows:
                 del self._groups[shape]
         else:
             group.count(priority, 1)

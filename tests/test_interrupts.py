@@ -15,7 +15,7 @@ import pytest
 from rig import ESP, IN, MOVED, OUT, REKEYED, Rig
 from scenarios import SITE
 
-from pfkey import PolicyTracker, Selector, uses
+from pfkey import PolicyTracker, Selector, overlaps, uses
 from pfkey.tracker import TrackedPolicy
 
 HOSTS = Selector("10.9.9.9", "10.8.8.8")
@@ -203,3 +203,36 @@ def test_what_an_interrupt_met_after_a_list_of_a_transaction_was_changed_is_take
     assert rig.tracker.assignments(OUT, SITE) == (ESP,)
     assert rig.tracker.resync() == ()
     rig.agrees()
+
+
+@pytest.mark.parametrize("profile", ["linux", "netbsd"])
+@pytest.mark.parametrize("what", ["_Table.add", "_Table.discard", "_Group.count"])
+@pytest.mark.parametrize("after", range(4))
+def test_an_interrupt_leaves_the_index_of_overlaps_usable(
+    profile: str, what: str, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig, left = Rig(profile), [after]
+    for selector in (SITE, HOSTS, Selector("10.1.0.0/24", "10.2.0.0/16"), Selector("10.1.0.0/16", "10.2.0.0/24")):
+        rig.tracker.add(OUT, selector, ESP)
+    kind, _, name = what.partition(".")
+    owner = getattr(overlaps, kind)
+    step = getattr(owner, name)
+
+    def interrupted(*arguments: Any) -> None:
+        if left[0] == 0:
+            left[0] = -1
+            raise KeyboardInterrupt
+        left[0] -= 1
+        step(*arguments)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    with contextlib.suppress(KeyboardInterrupt):
+        rig.tracker.add(OUT, Selector("10.1.0.0/20", "10.2.0.0/20"), ESP)
+        rig.tracker.flush()
+    monkeypatch.undo()
+    rig.tracker.resync()
+    still_works(rig.tracker)
+    rig.agrees()
+    rig.tracker.flush()
+    assert rig.embedded.policies() == []
+    assert all(not index._groups for index in rig.tracker._tracking.book.indexes.values())
