@@ -41,11 +41,11 @@ class Channel(Protocol):
     ChannelClosed says that the kernel cannot be reached any more.  One thread may send while another one receives.
 
     A channel may also have `send_many`, `receive_many`, `receive_batch`, `set_receive_buffer(size) -> size` (OSError
-    above the system's limit) and `receive_buffer`, its size in bytes, which the functions of this module do without (but
-    a BSD drops what of a dump does not fit into the buffer, which is 8 KiB unless more is asked for: 44 to 99 policies);
-    `grace_period()`, which returns when every packet that was looking at the SPD has finished; `host_lock`, the path of
-    the lock file that all who write to this SPD share; and counters, `lost` and `dropped`, of messages that nobody will
-    see.
+    above the system's limit) and `receive_buffer`, its size in bytes, which the functions of this module do without;
+    but a BSD drops what of a dump does not fit into the buffer, which is 8 KiB unless more is asked for, so 44 to 99
+    policies.  Further `grace_period()`, which returns when every packet that was looking at the SPD has finished;
+    `host_lock`, the path of the lock file that all who write to this SPD share; and counters, `lost` and `dropped`, of
+    messages that nobody will see.
     """
 
     @property
