@@ -163,6 +163,7 @@ def _refuse_behind_stale(book: Book, work: Work) -> None:
 def refuse_behind(work: Work, guard: Policy, notes: Iterable[str]) -> None:
     """What is new must not come to stand behind a guard of something else."""
     text = f"a guard of a former update ({guard.selector}) could not be deleted and would stay in front of it"
+    work.is_behind = work.error is None
     work.fail(PFKeyError("; ".join([f"{work.tracked} was not updated: {text}", *notes])))
     work.step = Step.NOTHING
 

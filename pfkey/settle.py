@@ -88,6 +88,8 @@ def _rounds(book: Book, works: Sequence[Work]) -> Steps:
         others = yield from _round(book, pending)
         beside += others
         asked = {work.tracked for work in works}
+        for work in pending:
+            _let_try_again(book, work)
         pending = [work for work in [*pending, *others] if _needs_another(work) or (beside and _is_upset(book, work))]
         pending = [work for work in pending if not (work.mover and work.tracked in asked)]
         if not pending:
@@ -132,6 +134,17 @@ def _account(book: Book, works: Sequence[Work], beside: Sequence[Work]) -> None:
 def _is_upset(book: Book, work: Work) -> bool:
     """On a kernel that orders by insertion: whether a move left it behind something weaker, or a guard of it."""
     return book.is_behind_weaker(work.tracked) or bool(work.tracked.leftover)
+
+
+def _let_try_again(book: Book, work: Work) -> None:
+    """A guard was in its way, and has gone since: that is no error any more."""
+    if not work.is_behind:
+        return
+    near = [work.tracked]
+    if not book.abi.has_priority:
+        near += book.indexes[int(work.tracked.direction)].overlapping(work.tracked)
+    if not any(other.leftover for other in near):
+        work.error, work.is_behind, work.postponed = None, False, True
 
 
 def _needs_another(work: Work) -> bool:

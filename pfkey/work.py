@@ -107,6 +107,8 @@ class Work:
     """What somebody else had in its place, or a former life, and what was to become ours."""
     existed: bool = False
     """The kernel said that the selector is taken."""
+    is_behind: bool = False
+    """It was refused for nothing but a guard that is in its way."""
     postponed: bool = False
     """Nothing was wrong with it, but with another one: it is its turn in the next round."""
     was_read: bool = False

@@ -35,6 +35,7 @@ from pfkey.embedded.profiles import Dialect
 from pfkey.errors import PFKeyError, SPDLocked
 from pfkey.guards import alias_selectors
 from pfkey.tracker import State, TrackedPolicy
+from pfkey.uses import lingers_until
 
 PATIENCE = 300
 """Seconds after which a play counts as stuck."""
@@ -167,7 +168,11 @@ class Frame:
             or any(
                 tracked.installed.state is State.UNKNOWN
                 or tracked.leftover
-                or not (tracked.holds_top() or self.setup.linger or tracked.installed.state is State.FOREIGN)
+                or not (
+                    tracked.holds_top()
+                    or lingers_until(tracked) is not None
+                    or tracked.installed.state is State.FOREIGN
+                )
                 for tracked in self.book
             )
             or not self.book.recovered

@@ -148,7 +148,7 @@ def test_a_guard_that_cannot_be_deleted_goes_with_the_next_call(
 def test_behind_a_stale_guard_that_will_not_go_nothing_is_updated(profile: str) -> None:
     rig = Rig(profile)
     rig.tracker.add(OUT, SITE, ESP)
-    for _ in range(2):
+    for _ in range(3):
         rig.fault(DEL, rejects("ENOMEM"))
     rig.tracker.add(OUT, SITE, MOVED)
     with pytest.raises(PFKeyError, match=r"a guard of a former update .* could not be deleted and would stay"):
@@ -363,3 +363,19 @@ def test_freebsd_14_need_not_be_asked_about_what_a_former_life_had_stored() -> N
     for selector in (ELSEWHERE, SITE):
         tracker.add(OUT, selector, ESP)
     assert tracker.add(OUT, SITE, MOVED).guard == ()
+
+
+@pytest.mark.parametrize("profile", UNLINK_FIRST)
+def test_an_update_is_tried_again_when_the_guard_in_its_way_has_gone(profile: str) -> None:
+    """A guard of the update before could not be deleted, at first not now either, and at the end it could."""
+    rig = Rig(profile)
+    rig.tracker.add(OUT, ELSEWHERE, ESP)
+    rig.tracker.add(OUT, SITE, ESP)
+    rig.fault(DEL, rejects("ENOMEM"))
+    rig.tracker.replace(OUT, SITE, ESP, MOVED)
+    assert rig.guards() != []
+    rig.fault(DEL, rejects("ENOMEM"))
+    with rig.embedded.probe(OUT, SITE) as probe:
+        assert rig.tracker.replace(OUT, SITE, MOVED, ESP).sent == (UPD,)
+    assert probe.bare == 0
+    rig.agrees()
