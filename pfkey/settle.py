@@ -24,7 +24,7 @@ from .recovery import AT_WORK, recover
 from .reorder import left_beside, moves, needs_order, reorder, tidy
 from .tracker import Installed, State, Step, TrackedPolicy, decide, image_text
 from .typed import policy_message
-from .work import MESSAGES, StoredOtherwise, Work, by_rank, drop_leftovers, say_what_stands, start, take, uncertain
+from .work import MESSAGES, StoredOtherwise, Work, by_rank, drop_leftovers, start, take, uncertain
 
 __all__ = ["settle"]
 
@@ -206,10 +206,7 @@ def _look(book: Book, works: Sequence[Work]) -> Steps:
     seen = set(doubtful) - unread.keys()
     for work in works:
         work.was_read |= work.tracked in seen
-        was_update = work.step is Step.UPDATE
         work.step = _decide(book, work, unread.get(work.tracked))
-        if was_update and work.tracked in seen and work.step is Step.NOTHING:
-            say_what_stands(work)
 
 
 def _decide(book: Book, work: Work, unread: BaseException | None) -> Step:

@@ -29,7 +29,6 @@ __all__ = [
     "instead",
     "refused",
     "say_more",
-    "say_what_stands",
     "standing_guards",
     "start",
     "take",
@@ -238,16 +237,6 @@ def _rejected(book: Book, work: Work, error: PFKeyError) -> None:
     elif not (book.abi.update_unlinks_first or book.abi.rejected_update_removes):
         book.note(tracked, work.before)
     work.fail(error)
-    say_what_stands(work)
-
-
-def say_what_stands(work: Work) -> None:
-    """Say in the error of an update that was rejected that the old policy is there, where that is known."""
-    installed, error = work.tracked.installed, work.error
-    if installed.state is not State.OURS or not isinstance(error, KernelError) or uncertain(error):
-        return
-    if error.request is not None and error.request.type == MessageType.SPDUPDATE:
-        say_more(error, f"it still is {image_text(installed.image)}")
 
 
 def _tell_repair(work: Work, text: str) -> None:
