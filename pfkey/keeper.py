@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any, Protocol, Self, TypeVar
 
 from .abi import Abi
@@ -32,6 +33,7 @@ __all__ = ["Change", "PolicyKernel", "PolicyTracker", "Transaction", "make_setti
 log = logging.getLogger("pfkey.keeper")
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Enum)
 
 
 class PolicyKernel(Protocol):
@@ -55,7 +57,16 @@ def make_settings(
     number = owner_number(owner) if owner is not None else int.from_bytes(os.urandom(4), "little") >> 4 or 1
     if not linger >= 0:  # nor is NaN one
         raise ValueError(f"linger is a number of seconds, not {linger}")
-    return Settings(number, owner is not None, Ownership(ownership), Guard(guard), Guard(host_guard), linger)
+    choices = (_choice(Guard, "guard", guard), _choice(Guard, "host_guard", host_guard))
+    return Settings(number, owner is not None, _choice(Ownership, "ownership", ownership), *choices, linger)
+
+
+def _choice(kind: type[E], name: str, given: E | str) -> E:
+    try:
+        return kind(given)
+    except ValueError:
+        choices = ", ".join(str(one.value) for one in kind)
+        raise ValueError(f"{name} is one of {choices}, not {given!r}") from None
 
 
 class PolicyTracker:

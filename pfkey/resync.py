@@ -42,7 +42,7 @@ class Difference:
 def resync(book: Book, everything: Sequence[TrackedPolicy], *, by_hand: bool) -> Run[tuple[Difference, ...]]:
     """Read the whole SPD once; every policy that is not what it should be goes through the table.
 
-    One that is contested is left as it is, unless somebody asks for this `by_hand`.
+    One that is contested is left as it is, and told each time, unless somebody asks for this `by_hand`.
     """
     yield ENTER
     rows = yield from dump(book)
@@ -61,11 +61,17 @@ def resync(book: Book, everything: Sequence[TrackedPolicy], *, by_hand: bool) ->
         for tracked in everything:
             if tracked.troubles is not None:
                 tracked.troubles.contested, tracked.troubles.strikes = False, []
-    else:
-        works = [work for work in works if not (work.tracked.troubles is not None and work.tracked.troubles.contested)]
-    found = {work.tracked: work.tracked.installed for work in works}
+    left = [work for work in works if work.tracked.troubles is not None and work.tracked.troubles.contested]
+    works = [work for work in works if work not in left]
+    found = {work.tracked: work.tracked.installed for work in (*works, *left)}
     if works:
         yield from settle(book, works)
+    for work in left:
+        work.error = PFKeyError(
+            f"{work.tracked} is contested: somebody else keeps changing it, and it is left as it is until a call for"
+            " it, or resync()"
+        )
+        log.error("%s; the kernel holds %s", work.error, _text(found[work.tracked]))
     return tuple(
         Difference(
             work.tracked.direction,
@@ -75,7 +81,7 @@ def resync(book: Book, everything: Sequence[TrackedPolicy], *, by_hand: bool) ->
             None if work.error else work.change,
             work.error,
         )
-        for work in works
+        for work in (*works, *left)
         if work.tracked in differing or work.sent or work.error
     )
 

@@ -455,7 +455,8 @@ def image_text(image: Image | None) -> str:
         return "nothing"
     text = image.action.name.lower() if isinstance(image.action, Action) else f"type {image.action}"
     text = " ".join([text, *map(str, templates_of(image))])
-    return f"{text}, priority {image.priority}"
+    clear = " (lets packets through in clear)" if image.action == Action.NONE else ""
+    return f"{text}, priority {image.priority}{clear}"
 
 
 def direction_name(direction: int) -> str:

@@ -46,6 +46,11 @@ class Healing:
     contested: bool = False
     error: PFKeyError | None = None
 
+    def __str__(self) -> str:
+        done = "sent " + " ".join(kind.name for kind in self.sent) if self.sent else "nothing was sent"
+        done = "contested: it is left as it is" if self.contested else done
+        return f"{self.policy}: {self.event} left {self.found}; {done}" + (f"; {self.error}" if self.error else "")
+
 
 def concerned(book: Book, message: Message) -> TrackedPolicy | None:
     """The tracked policy that an event is about."""

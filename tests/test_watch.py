@@ -152,6 +152,24 @@ def test_after_the_third_foreign_change_it_stops_and_says_so(rig: Rig) -> None:
     assert "contested" not in rig.tracker.explain(OUT, SITE).reason
 
 
+def test_what_is_contested_is_told_again_whenever_all_are_compared(rig: Rig) -> None:
+    """It may protect nothing: one line of a log long ago is not enough."""
+    with rig.tracker.watch() as watch:
+        for count in range(1, 4):
+            rig.other.update_policy(rig.theirs())
+            assert until(lambda count=count: len(watch.healings) == count)  # type: ignore[misc]
+        assert str(watch.healings[2]).endswith("contested: it is left as it is")
+        rig.other.flush_policies()
+        assert until(lambda: watch.resyncs == 1)
+        (told,) = [one for one in watch.differences if one.selector == SITE]
+        assert (told.found, told.change) == ("nothing", None)
+        assert "contested" in str(told.error)
+        assert rig.is_right(OTHER_SITE)
+        assert rig.held(SITE) is None
+    rig.tracker.resync()
+    assert rig.is_right()
+
+
 def test_slow_changes_are_healed_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pfkey.watch.CONTESTED_SECONDS", 0.0)
     rig = Rig("linux", second=False)
