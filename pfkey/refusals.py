@@ -10,6 +10,9 @@ from .messages import Policy, Selector, Template
 __all__ = ["check_policy", "unmatched_icmp"]
 
 _STORED = (Action.IPSEC, Action.NONE, Action.DISCARD)
+_PROTOCOLS = (SAProtocol.ESP, SAProtocol.AH, SAProtocol.IPCOMP)
+_MODES = (Mode.TRANSPORT, Mode.TUNNEL)
+_LEVELS = tuple(Level)
 
 
 def check_policy(policy: Policy, abi: Abi) -> None:
@@ -75,30 +78,36 @@ def _check_scope(policy: Policy, abi: Abi) -> None:
 
 
 def _check_template(policy: Policy, template: Template, abi: Abi) -> None:
-    what = f"{template} in {policy.selector}"
-    if template.protocol not in (SAProtocol.ESP, SAProtocol.AH, SAProtocol.IPCOMP):
-        raise NotSupported(f"{what}: a template is ESP, AH or IPComp, not protocol {int(template.protocol)}")
-    if template.mode not in (Mode.TRANSPORT, Mode.TUNNEL):
-        raise NotSupported(f"{what}: PF_KEY policies are transport or tunnel; {abi} drops the addresses of BEET")
+    if template.protocol not in _PROTOCOLS:
+        what = f"not protocol {int(template.protocol)}"
+        raise NotSupported(f"{_text(policy, template)}: a template is ESP, AH or IPComp, {what}")
+    if template.mode not in _MODES:
+        what = f"PF_KEY policies are transport or tunnel; {abi} drops the addresses of BEET"
+        raise NotSupported(f"{_text(policy, template)}: {what}")
     if template.mode == Mode.TUNNEL and (template.source is None or template.destination is None):
-        raise EncodeError(f"{what}: a tunnel needs both end points")
-    _check_level(policy, template, what, abi)
+        raise EncodeError(f"{_text(policy, template)}: a tunnel needs both end points")
+    _check_level(policy, template, abi)
 
 
-def _check_level(policy: Policy, template: Template, what: str, abi: Abi) -> None:
+def _check_level(policy: Policy, template: Template, abi: Abi) -> None:
     level, reqid = template.level, template.reqid
-    if level not in tuple(Level):
-        raise NotSupported(f"{what}: level {int(level)} is none of DEFAULT, USE, REQUIRE, UNIQUE")
+    if level not in _LEVELS:
+        raise NotSupported(f"{_text(policy, template)}: level {int(level)} is none of DEFAULT, USE, REQUIRE, UNIQUE")
     if level == Level.DEFAULT and abi.level_default == Level.DEFAULT:
         raise NotSupported(
-            f"{what}: level DEFAULT on {abi} is whatever a sysctl says, and by default leaves packets unprotected;"
-            " give REQUIRE or UNIQUE"
+            f"{_text(policy, template)}: level DEFAULT on {abi} is whatever a sysctl says, and by default leaves"
+            " packets unprotected; give REQUIRE or UNIQUE"
         )
     if level == Level.UNIQUE and reqid > abi.maximum_reqid:
         raise NotSupported(
-            f"{what}: {abi} replaces a unique reqid over {abi.maximum_reqid} by one of its own, and no SA of reqid"
-            f" {reqid} would match; use one from 1 to {abi.maximum_reqid}"
+            f"{_text(policy, template)}: {abi} replaces a unique reqid over {abi.maximum_reqid} by one of its own, and"
+            f" no SA of reqid {reqid} would match; use one from 1 to {abi.maximum_reqid}"
         )
     outbound_tunnel = template.mode == Mode.TUNNEL and policy.direction == Direction.OUT
     if level == Level.USE and outbound_tunnel and not abi.use_level_in_outbound_tunnel:
-        raise NotSupported(f"{what}: {abi} answers EINVAL to level USE in an outbound tunnel")
+        raise NotSupported(f"{_text(policy, template)}: {abi} answers EINVAL to level USE in an outbound tunnel")
+
+
+def _text(policy: Policy, template: Template) -> str:
+    """Worked out only for an error: it costs more than the whole check."""
+    return f"{template} in {policy.selector}"
