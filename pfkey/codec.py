@@ -76,7 +76,7 @@ def core_abi(abi: Abi) -> Any:
 # Where single fields lie in the record, for those that are read most.
 _SA_BYTE, _SA_BIT = layout.presence(ExtensionType.SA)
 _SA2_BYTE, _SA2_BIT = layout.presence(ExtensionType.SA2)
-_SPI = struct.Struct("=I").unpack_from
+_PRESENT = _SPI = struct.Struct("=I").unpack_from
 _SPI_AT, _STATE_AT = layout.COLUMNS["spi"].offset, layout.COLUMNS["state"].offset
 _MODE_AT, _REQID_AT = layout.COLUMNS["mode"].offset, layout.COLUMNS["reqid"].offset
 _STATES = {int(state): state for state in SAState}
@@ -302,7 +302,8 @@ class Message:
 
     @property
     def _present(self) -> int:
-        return cast("int", layout.COUNTS.read(self._record)[0])
+        present: int = _PRESENT(self._record, layout.COUNTS.offset)[0]
+        return present
 
     def _has(self, kind: ExtensionType) -> bool:
         return bool(self._present >> layout.SLOTS[kind].number & 1)

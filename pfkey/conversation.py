@@ -14,7 +14,7 @@ from .constants import ExtensionType, MessageType
 from .errors import ChannelClosed, DecodeError, DumpOverflow, EncodeError, KernelError, PFKeyError, kernel_error
 from .messages import Address
 from .tables import Batch, Messages, assemble
-from .typed import describe
+from .typed import describe, is_same_policy
 
 __all__ = ["Conversation", "Request", "Watch"]
 
@@ -460,6 +460,8 @@ _BY_ID = (MessageType.SPDGET, MessageType.SPDDELETE2)
 
 def _same_subject(asked: Message, reply: Message) -> bool:
     """Whether a reply is about what was asked: a policy's selector and direction, an SA's SPI and end points."""
+    if is_same_policy(asked, reply) and asked.type not in _BY_ID:  # what nearly every answer is
+        return True
     wanted = asked.policy
     if wanted is not None:
         policy = reply.policy

@@ -39,6 +39,7 @@ __all__ = [
     "association_from",
     "association_message",
     "describe",
+    "is_same_policy",
     "policy_from",
     "policy_message",
     "policy_rows",
@@ -155,6 +156,23 @@ def selector_from(message: Message) -> Selector | None:
         version, source, source_bits, destination, destination_bits,
         protocol, source_port, destination_port, source_scope, destination_scope,
     )  # fmt: skip
+
+
+_BOTH_SIDES = slice(layout.ADDRESS.offset, layout.ADDRESS.offset + 2 * layout.ADDRESS.size)
+_DIRECTION_AT = layout.COLUMNS["direction"].offset
+
+
+def is_same_policy(one: Message, other: Message) -> bool:
+    """Whether both name a policy of the same direction and selector, to the last bit.
+
+    Nothing is made of the messages for it.  They may mean the same although it is False: in other words, or by an id.
+    """
+    mine, others = one._record, other._record
+    return (
+        mine[_BOTH_SIDES] == others[_BOTH_SIDES]
+        and mine[_DIRECTION_AT] == others[_DIRECTION_AT]
+        and one._present & other._present & _POLICY_AND_SIDES == _POLICY_AND_SIDES
+    )
 
 
 def policy_from(message: Message) -> Policy:

@@ -59,6 +59,8 @@ ARRIVALS = [
     ("another selector", about(M.SPDADD, OTHER_SITE), {}, False),
     ("another direction", about(M.SPDADD, direction=Direction.IN), {}, False),
     ("another port", about(M.SPDADD, Selector("10.1.0.0/16", "10.2.0.0/16", protocol=6, source_port=1)), {}, False),
+    # Linux says the destination's protocol of both sides.
+    ("the same in other words", about(M.SPDADD, Selector("10.1.0.0/16", "10.2.0.0/16", protocol=6)), {}, True),
 ]
 
 
@@ -86,6 +88,13 @@ def test_policies_asked_for_by_id() -> None:
     def by_id(number: int) -> Message:
         return Message(M.SPDGET, {ExtensionType.POLICY: PolicyExtension(2, 2, number)}, abi=LINUX)
 
+    def with_selector(number: int) -> Message:
+        return policy_message(M.SPDGET, Policy(Direction.OUT, SITE, Action.DISCARD, id=number), LINUX)
+
+    talk = conversation()
+    request = ask(talk, with_selector(8))
+    hear(talk, with_selector(16), seq=100, pid=PID)
+    assert not request.done
     talk = conversation()
     request = ask(talk, by_id(8))
     hear(talk, by_id(16), seq=100, pid=PID)
