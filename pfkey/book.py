@@ -25,7 +25,7 @@ from .tracker import (
     image_of,
     image_of_policy,
 )
-from .typed import PolicyRow, templates_of
+from .typed import PolicyRow, Stored, templates_of
 
 __all__ = ["Book", "Ownership", "Settings"]
 
@@ -206,8 +206,8 @@ class Book:
         image = image_of_policy(policy, self.abi)
         return like if image == like and like is not None else image
 
-    def row_image(self, row: PolicyRow, like: Image | None = None) -> Image:
-        """The same of a row of a dump."""
+    def row_image(self, row: PolicyRow | Stored, like: Image | None = None) -> Image:
+        """The same of a row of a dump, or of what an answer says."""
         requests = self._requests.get(row.requests)
         if requests is None:
             templates = templates_of(row.requests, self.abi)
@@ -215,9 +215,12 @@ class Book:
             if len(self._requests) > _REQUESTS_KEPT:
                 self._requests.clear()
             self._requests[row.requests] = requests
-        same = like is not None and like.action == row.action and like.priority == row.priority
-        if same and like is not None and (like.requests is requests or like.requests == requests):
-            return like
+        if like is not None and like.action == row.action and like.priority == row.priority:
+            if like.requests is requests:
+                return like
+            if like.requests == requests:
+                self._requests[row.requests] = like.requests  # the next will be the very same
+                return like
         action = Action(row.action) if row.action in _STORED else row.action
         if action != Action.IPSEC or not requests:
             return image_of(action, (), row.priority, self.abi)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 from struct import Struct
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from . import _direct
 from . import _record as layout
@@ -36,6 +36,7 @@ __all__ = [
     "PROTOCOL_OF",
     "SATYPE_OF",
     "PolicyRow",
+    "Stored",
     "association_from",
     "association_message",
     "describe",
@@ -44,6 +45,7 @@ __all__ = [
     "policy_message",
     "policy_rows",
     "selector_from",
+    "stored_from",
     "templates_of",
 ]
 
@@ -203,6 +205,24 @@ def _lifetime(message: Message, kind: ExtensionType) -> Lifetime | None:
     return (
         lifetime_of(layout.LIFETIME.part(message._record, slot.which)) if message._present >> slot.number & 1 else None
     )
+
+
+class Stored(NamedTuple):
+    """What an answer says that the kernel stores, in plain numbers: as in a PolicyRow."""
+
+    id: int
+    action: int
+    priority: int
+    requests: bytes
+
+
+def stored_from(message: Message) -> Stored:
+    """What the policy of a message is, and nothing made of it; DecodeError when it holds none."""
+    if not message._has(ExtensionType.POLICY):
+        raise DecodeError(f"{message!r} holds no policy")
+    action, _, _, number, priority, offset, length = cast("tuple[int, ...]", layout.POLICY.read(message._record))
+    requests = message._data[offset : offset + length]
+    return Stored(number, action, priority if message.abi.has_priority else 0, requests)
 
 
 class PolicyRow(NamedTuple):

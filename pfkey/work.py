@@ -14,10 +14,10 @@ from .codec import Message
 from .constants import MessageType
 from .errors import EncodeError, ForeignPolicy, KernelError, NotSupported, PFKeyError, SPDLocked
 from .guards import Kind, read_tag
-from .messages import Policy, PolicyExtension
+from .messages import Policy
 from .reading import ENTER, GRACE, Ask, Run, Steps, dump
 from .tracker import ABSENT, Image, Installed, State, Step, TrackedPolicy, Undo, image_text
-from .typed import policy_from, policy_message
+from .typed import Stored, policy_message, stored_from
 
 __all__ = [
     "MESSAGES",
@@ -196,18 +196,18 @@ def start(book: Book, work: Work) -> Message:
 def take(book: Book, work: Work, reply: Message | PFKeyError) -> None:
     """What the answer to it says of the kernel."""
     if not isinstance(reply, PFKeyError):
-        _acknowledged(book, work, reply.policy or policy_from(reply))
+        _acknowledged(book, work, stored_from(reply))
     elif uncertain(reply):
         work.fail(reply)
     else:
         _rejected(book, work, reply)
 
 
-def _acknowledged(book: Book, work: Work, echo: PolicyExtension | Policy) -> None:
+def _acknowledged(book: Book, work: Work, echo: Stored) -> None:
     """The reply is the proof: what it echoes is compared with what was asked."""
     tracked, asked = work.tracked, work.image
     assert asked is not None
-    image = book.image(echo, asked)
+    image = book.row_image(echo, asked)
     indexed = tracked.indexed
     book.acknowledge(tracked, image, echo.id)
     if image != asked:
