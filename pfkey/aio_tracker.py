@@ -255,14 +255,13 @@ class AsyncPolicyTracker:
     async def _call(
         self, direction: Direction, selector: Selector, old: Assignment | None, new: Assignment | None
     ) -> Change:
-        tracking = self._tracking
-        if not tracking.transactions:
-            change = tracking.quick(direction, selector, old, new)
-            if change is not None:
-                if new is None and tracking.book.settings.linger:
-                    self._set_timer()
-                return change
-        return await self._run(tracking.call(self._me, direction, selector, old, new))
+        me, tracking = self._me, self._tracking
+        change = tracking.quick(me, direction, selector, old, new)
+        if change is not None:
+            if new is None and tracking.book.settings.linger:
+                self._set_timer()
+            return change
+        return await self._run(tracking.call(me, direction, selector, old, new))
 
     async def _run(self, steps: Run[T]) -> T:
         """Carry a run out: nothing else of this loop comes between two of its effects."""

@@ -339,15 +339,14 @@ class PolicyTracker:
     # Running.
 
     def _call(self, direction: Direction, selector: Selector, old: Assignment | None, new: Assignment | None) -> Change:
-        tracking = self._tracking
-        if not tracking.transactions:
-            with self._lock:
-                change = tracking.quick(direction, selector, old, new)
-                if change is not None:
-                    if new is None and tracking.book.settings.linger:
-                        self._set_timer()
-                    return change
-        return self._run(tracking.call(threading.get_ident(), direction, selector, old, new))
+        me, tracking = threading.get_ident(), self._tracking
+        with self._lock:
+            change = tracking.quick(me, direction, selector, old, new)
+            if change is not None:
+                if new is None and tracking.book.settings.linger:
+                    self._set_timer()
+                return change
+        return self._run(tracking.call(me, direction, selector, old, new))
 
     def _run(self, steps: Run[T]) -> T:
         """Carry a run out: what it decides under the lock, what it asks for without.

@@ -63,12 +63,18 @@ class Tracking:
     # One policy.
 
     def quick(
-        self, direction: Direction, selector: Selector, old: Assignment | None, new: Assignment | None
+        self, me: object, direction: Direction, selector: Selector, old: Assignment | None, new: Assignment | None
     ) -> Change | None:
-        """A call that the kernel need not hear of; None, and nothing was changed, when it takes a run."""
-        book = self.book
+        """A call that the kernel need not hear of now; None, and nothing was changed, when it takes a run."""
+        book, transaction = self.book, self.transactions.get(me) if self.transactions else None
+        if selector.icmp_type == 0:
+            return None
+        if transaction is not None:
+            own = book.open(direction, selector)
+            is_free = own.busy is None or own.busy is transaction
+            return self._postpone(transaction, own, old, new) if is_free else None
         tracked = book.get(direction, selector)
-        if tracked is None or tracked.busy is not None or selector.icmp_type == 0:
+        if tracked is None or tracked.busy is not None:
             return None
         top = tracked.top
         steps = shift(book, tracked, old, new)
@@ -89,14 +95,7 @@ class Tracking:
             book.check_policy(Policy(direction, selector, Action.NONE))
         tracked = yield from self._open(direction, selector, transaction)
         if transaction is not None:
-            try:
-                transaction.touch(book, tracked, old, new)
-            except BaseException:
-                if tracked not in transaction:
-                    book.close(tracked)
-                raise
-            tracked.busy = transaction
-            return POSTPONED
+            return self._postpone(transaction, tracked, old, new)
         top = tracked.top
         try:
             steps = shift(book, tracked, old, new)
@@ -113,6 +112,19 @@ class Tracking:
             say_outcome(work)
             raise work.error from work.error.__cause__
         return work.change
+
+    def _postpone(
+        self, transaction: Transaction, tracked: TrackedPolicy, old: Assignment | None, new: Assignment | None
+    ) -> Change:
+        """Note it for the end of the transaction."""
+        try:
+            transaction.touch(self.book, tracked, old, new)
+        except BaseException:
+            if tracked not in transaction:
+                self.book.close(tracked)
+            raise
+        tracked.busy = transaction
+        return POSTPONED
 
     def query(self, me: object, direction: Direction, selector: Selector) -> Run[Policy]:
         """The policy as the kernel shows it."""
