@@ -16,7 +16,7 @@ from .constants import PF_KEY_V2, ExtensionType, MessageType, Mode, SAState, SAT
 from .errors import DecodeError, EncodeError
 from .messages import SA, SA2, PolicyExtension
 
-__all__ = ["Message", "Value", "core_abi", "core_slots", "decode", "decode_error", "encode", "made"]
+__all__ = ["Message", "Value", "core_abi", "core_slots", "decode", "decode_error", "encode", "made", "numbered"]
 
 if ffi.sizeof("struct pfk_record") != layout.SIZE:
     raise ImportError("the compiled core and _record.py do not describe the same record; build the package again")
@@ -77,6 +77,7 @@ def core_abi(abi: Abi) -> Any:
 _SA_BYTE, _SA_BIT = layout.presence(ExtensionType.SA)
 _SA2_BYTE, _SA2_BIT = layout.presence(ExtensionType.SA2)
 _PRESENT = _SPI = struct.Struct("=I").unpack_from
+_SEQ_AND_PID, _SEQ_AT, _COUNTS_AT = struct.Struct("=II").pack, layout.COLUMNS["seq"].offset, layout.COUNTS.offset
 _SPI_AT, _STATE_AT = layout.COLUMNS["spi"].offset, layout.COLUMNS["state"].offset
 _MODE_AT, _REQID_AT = layout.COLUMNS["mode"].offset, layout.COLUMNS["reqid"].offset
 _STATES = {int(state): state for state in SAState}
@@ -360,6 +361,12 @@ def made(abi: Abi, record: bytes, data: bytes) -> Message:
     _set_record(message, record)
     _set_data(message, data)
     return message
+
+
+def numbered(message: Message, seq: int, pid: int) -> Message:
+    """The same message with these 32-bit numbers, as every request gets them: `replace`, with less ado."""
+    record = message._record
+    return made(message.abi, record[:_SEQ_AT] + _SEQ_AND_PID(seq, pid) + record[_COUNTS_AT:], message._data)
 
 
 def _pack_header(record: bytearray, *fields: int | bytes) -> None:

@@ -9,7 +9,7 @@ from collections import OrderedDict, deque
 from struct import Struct
 
 from .abi import Abi
-from .codec import Message, decode, encode
+from .codec import Message, decode, encode, numbered
 from .constants import ExtensionType, MessageType
 from .errors import ChannelClosed, DecodeError, DumpOverflow, EncodeError, KernelError, PFKeyError, kernel_error
 from .messages import Address
@@ -178,7 +178,7 @@ class Conversation:
 
         One that the wire cannot carry has its EncodeError already, and is not to be sent.
         """
-        message = message.replace(seq=seq, pid=self.pid)
+        message = numbered(message, seq, self.pid)
         try:
             return Request(message, encode(message), seq)
         except EncodeError as error:
