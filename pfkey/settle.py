@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from .book import Book, Ownership
 from .constants import Action, MessageType
-from .errors import EncodeError, ForeignPolicy, KernelError, NotSupported, PFKeyError
+from .errors import EncodeError, ForeignPolicy, KernelError, NotSupported, PFKeyError, ReplyTimeout
 from .guarding import stand_guards
 from .messages import Policy
 from .overlaps import overlap
@@ -30,6 +30,8 @@ __all__ = ["settle"]
 
 log = logging.getLogger("pfkey.keeper")
 
+_AT_ONCE = 512
+"""How many policies are made into messages at a time: what they and their answers take is used again for the next."""
 _ROUNDS = 4
 """Once as asked; once to read what an SPDADD met, or to repair what a rejection left; the rest for what comes then."""
 
@@ -311,9 +313,14 @@ def _install(book: Book, works: Sequence[Work]) -> Steps:
         ready.sort(key=lambda work: (not _protects(work), work.step is Step.UPDATE))
     else:
         ready.sort(key=by_rank)
-    replies = yield Ask([start(book, work) for work in ready])
-    for work, reply in zip(ready, replies, strict=True):
-        take(book, work, reply)
+    count = _AT_ONCE
+    while ready:
+        some, ready = ready[:count], ready[count:]
+        replies = yield Ask([start(book, work) for work in some])
+        for work, reply in zip(some, replies, strict=True):
+            take(book, work, reply)
+        if all(isinstance(reply, ReplyTimeout) for reply in replies):
+            count = len(ready)  # nobody answers, and each part would be waited for
 
 
 # The third barrier: what is to go.

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import pytest
 from faulty import rejects
 from rig import ALL, BSD, DROP, ESP, IN, MOVED, OUT, REKEYED, Rig
 from scenarios import ADD, DEL, UPD
 
-from pfkey import Action, Assignment, Direction, NotTracked, PFKeyError, Selector, Template, TransactionError
+from pfkey import (
+    Abi,
+    Action,
+    Assignment,
+    Direction,
+    Message,
+    NotTracked,
+    PFKeyError,
+    Policy,
+    PolicyTracker,
+    ReplyTimeout,
+    Selector,
+    Template,
+    TransactionError,
+)
+from pfkey.settle import _AT_ONCE
+from pfkey.typed import selector_from
 
 SITE = Selector("10.1.0.0/16", "10.2.0.0/16")
 SITES = [Selector(f"10.{number}.0.0/16", "192.168.0.0/16") for number in range(1, 9)]
@@ -33,6 +51,39 @@ def test_any_number_of_changes_is_one_message_for_each_policy(profile: str) -> N
     assert transaction.sent == (ADD,) * len(SITES)
     assert set(transaction.changes) == {(OUT, selector) for selector in SITES}
     rig.agrees()
+
+
+class Counting:
+    """A kernel that acknowledges all it is told, or never answers; how many messages came at a time."""
+
+    def __init__(self, *, is_deaf: bool) -> None:
+        self.abi = Abi.linux()
+        self.is_deaf = is_deaf
+        self.parts: list[list[Message]] = []
+
+    def check_policy(self, policy: Policy) -> None:
+        pass
+
+    def request_many(self, messages: Sequence[Message]) -> Sequence[Message | PFKeyError]:
+        self.parts.append([*messages])
+        return [ReplyTimeout("nothing", request=message) for message in messages] if self.is_deaf else messages
+
+    def dump_policies(self) -> list[Policy]:
+        return []
+
+
+@pytest.mark.parametrize("is_deaf", [False, True])
+def test_many_policies_go_out_in_parts_unless_nobody_answers(is_deaf: bool) -> None:
+    """A part takes as long as the timeout where nobody answers, and two of them are enough to know."""
+    kernel = Counting(is_deaf=is_deaf)
+    tracker = PolicyTracker(kernel)
+    sites = [Selector((0x0A000000 + number, 32), "192.168.0.0/16") for number in range(3 * _AT_ONCE)]
+    with pytest.raises(TransactionError) if is_deaf else nullcontext(), tracker.transaction():
+        for site in sites:
+            tracker.add(OUT, site, ESP)
+    told = [selector_from(message) for part in kernel.parts for message in part]
+    assert told == sites
+    assert [len(part) for part in kernel.parts] == ([_AT_ONCE, 2 * _AT_ONCE] if is_deaf else [_AT_ONCE] * 3)
 
 
 @pytest.mark.parametrize("profile", ALL)
