@@ -212,9 +212,3 @@ def test_a_transaction_of_a_generator_that_ends_in_another_thread() -> None:
     adding.join(20)
     assert not adding.is_alive()
     rig.agrees()
-
-
-@pytest.mark.parametrize("name", ["ownership", "guard", "host_guard"])
-def test_what_is_no_choice_is_told_with_the_choices(name: str) -> None:
-    with connect("embedded:linux") as kernel, pytest.raises(ValueError, match=f"{name} is one of .*, not 'steal'"):
-        PolicyTracker(kernel, **{name: "steal"})  # type: ignore[arg-type]
