@@ -339,14 +339,15 @@ class PolicyTracker:
     # Running.
 
     def _call(self, direction: Direction, selector: Selector, old: Assignment | None, new: Assignment | None) -> Change:
-        me, tracking = threading.get_ident(), self._tracking
+        tracking = self._tracking
+        me = threading.get_ident() if tracking.transactions else None
         with self._lock:
             change = tracking.quick(me, direction, selector, old, new)
             if change is not None:
                 if new is None and tracking.book.settings.linger:
                     self._set_timer()
                 return change
-        return self._run(tracking.call(me, direction, selector, old, new))
+        return self._run(tracking.call(threading.get_ident(), direction, selector, old, new))
 
     def _run(self, steps: Run[T]) -> T:
         """Carry a run out: what it decides under the lock, what it asks for without.

@@ -66,10 +66,10 @@ class Tracking:
         self, me: object, direction: Direction, selector: Selector, old: Assignment | None, new: Assignment | None
     ) -> Change | None:
         """A call that the kernel need not hear of now; None, and nothing was changed, when it takes a run."""
-        book, transaction = self.book, self.transactions.get(me) if self.transactions else None
+        book = self.book
         if selector.icmp_type == 0:
             return None
-        if transaction is not None:
+        if self.transactions and (transaction := self.transactions.get(me)) is not None:
             own = book.open(direction, selector)
             is_free = own.busy is None or own.busy is transaction
             return self._postpone(transaction, own, old, new) if is_free else None
