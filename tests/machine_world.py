@@ -229,13 +229,19 @@ class World:
         self.sender, self.message = "", None
 
     def _repeats(self, info: Info) -> bool:
-        """Whether the message under way says what is there already, and whose it is."""
+        """Whether the message under way says what is there already, or what its alias shows, and whose it is."""
         assert self.message is not None
         if self.message.type != MessageType.SPDUPDATE:
             return False
         asked = policy_from(self.message)
-        images = [image_of_policy(policy, self.abi) for policy in (asked, info.policy)]
-        return images[0] == images[1] and read_tag(asked.lifetime_hard, self.abi) == Tag(info.owner, Kind.POLICY)
+        shown = [
+            one.policy
+            for one in self.entries.values()
+            if one.guard is Kind.ALIAS and one.key == info.key and one.owner == info.owner
+        ]
+        images = [image_of_policy(policy, self.abi) for policy in (info.policy, *shown)]
+        is_theirs = read_tag(asked.lifetime_hard, self.abi) == Tag(info.owner, Kind.POLICY)
+        return is_theirs and image_of_policy(asked, self.abi) in images
 
     def _step(self, name: str, kernel: EmbeddedKernel) -> None:
         if name != "walking":
