@@ -76,9 +76,13 @@ class WriterLock:
             self.release(by)
         return done
 
+    def is_held(self, by: object) -> bool:
+        """Whether `by` has it: who tried to take it in vain has not."""
+        return self._taken and self._by is by
+
     def release(self, by: object = None) -> None:
         """Let others write."""
-        if not self._taken or self._by is not by:
+        if not self.is_held(by):
             return
         if self._descriptor >= 0:
             # Closing alone would leave it to a child that was forked meanwhile, for as long as that lives.

@@ -401,7 +401,7 @@ class PolicyTracker:
                     value = Rows.of(self._kernel.dump_policies(), self._abi)
                 elif effect is GRACE:
                     self._grace()
-                elif effect is ENTER and not writers:
+                elif effect is ENTER and not any(writer.is_held(by=writers) for writer in writers):
                     self._enter(writers)
             except BaseException as failure:
                 error = failure

@@ -66,7 +66,10 @@ def settle(book: Book, works: Sequence[Work]) -> Steps:
         guarded = [Work(work.tracked, claimed=work.claimed) for work in works if work.tracked.leftover]
         if guarded:
             log.warning("interrupted while guards stand; they are seen to first")
-            yield from _rounds(book, guarded)
+            try:
+                yield from _rounds(book, guarded)
+            except PFKeyError as error:  # the SPD is locked; it is the interrupt that is to be told
+                log.warning("the guards stay until the next call: %s", error)
         raise
     finally:
         AT_WORK.discard(book)

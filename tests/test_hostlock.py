@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faulty import FaultyChannel
+from faulty import FaultyChannel, rejects
 from package import ROOT
 from rig import BSD, ESP, MOVED, OUT, Rig
-from scenarios import UPD
+from scenarios import DEL, UPD
 
 from pfkey import Assignment, PFKeyError, PolicyTracker, Selector, connect
 from pfkey.errors import SPDLocked
@@ -228,6 +228,43 @@ def test_two_trackers_over_one_connection_write_one_after_the_other() -> None:
     selectors = [selector for _, selector in rig.told()]
     assert selectors[-1] == str(elsewhere)
     assert len(rig.entries()) == 2
+
+
+def test_a_sweep_that_cannot_have_it_sends_nothing_for_what_is_wanted_either(tmp_path: Path) -> None:
+    """It is tried again for the rest of the transaction: who tried in vain before has not taken it."""
+    path = tmp_path / "lock"
+    rig = Rig("freebsd-13", owner="us", lock=str(path), lock_timeout=0.01)
+    locked = pytest.raises(PFKeyError, match="is being written by")
+    with holder(path), locked, rig.tracker.transaction(sweep=True):
+        rig.tracker.add(OUT, SITE, ESP)
+    assert rig.told() == []
+    assert rig.tracker.assignments(OUT, SITE) == ()
+    with rig.tracker.transaction(sweep=True):
+        rig.tracker.add(OUT, SITE, ESP)
+    rig.agrees()
+
+
+def test_an_interrupt_while_it_is_waited_for_does_not_let_guards_go_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "lock"
+    rig = Rig("freebsd-13", lock=str(path), lock_timeout=0.01)
+    rig.tracker.add(OUT, SITE, ESP)
+    rig.fault(DEL, rejects("EPERM"))
+    rig.tracker.add(OUT, SITE, MOVED)  # its guard stays
+    wait, interrupts = WriterLock._wait_for_file, [KeyboardInterrupt]
+
+    def wait_for_file(self: WriterLock, deadline: float, timeout: float) -> None:
+        if interrupts:
+            raise interrupts.pop()
+        wait(self, deadline, timeout)
+
+    monkeypatch.setattr(WriterLock, "_wait_for_file", wait_for_file)
+    with holder(path), rig.counting() as sent, pytest.raises(KeyboardInterrupt):
+        rig.tracker.remove(OUT, SITE, MOVED)
+    assert sent == []
+    rig.tracker.resync()
+    assert len(rig.entries()) == 1
 
 
 @pytest.mark.parametrize("profile", ["linux", "freebsd-13"])
