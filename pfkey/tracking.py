@@ -224,17 +224,19 @@ class Tracking:
 
     def _end_lingering(self, mine: Transaction, now: float | None) -> Steps:
         works: list[Work] = []
+        # Nothing is held while another is waited for: a transaction may hold that one, and come to ask for this one.
+        while (due := self._due(now)) and (any if now is None else all)(tracked.busy is not None for tracked in due):
+            yield IDLE
         try:
-            for tracked in list(self.book.lingering):
-                end = lingers_until(tracked)
-                if end is None or (now is not None and end > now):
-                    continue
-                yield from self._seize(tracked, mine)
-                end = lingers_until(tracked)
-                if end is None or len(tracked) or tracked.troubles is None or (now is not None and end > now):
-                    continue
-                tracked.troubles.lingers_until = None
-                works.append(Work(tracked))
+            for tracked in due:
+                if tracked.busy is not None:
+                    continue  # the timer is set again for it
+                mine.hold(tracked)
+                tracked.busy = mine
+                if tracked.troubles is not None:
+                    tracked.troubles.lingers_until = None
+                if not len(tracked):
+                    works.append(Work(tracked))
             if works:
                 yield from settle(self.book, works)
             close_error(works, "could not be deleted after lingering")
@@ -242,6 +244,11 @@ class Tracking:
             for work in works:
                 if now is not None and not len(work.tracked) and not work.tracked.holds_top():
                     let_linger(self.book, work.tracked)
+
+    def _due(self, now: float | None) -> list[TrackedPolicy]:
+        """What has lingered long enough."""
+        ends = ((tracked, lingers_until(tracked)) for tracked in self.book.lingering)
+        return [tracked for tracked, end in ends if end is not None and (now is None or end <= now)]
 
     def next_end(self) -> float | None:
         """When the first of those that linger has to go (monotonic seconds); None when none does."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -427,3 +428,26 @@ def test_what_has_lingered_is_forgotten() -> None:
     rig.tracker.close()
     assert rig.entries() == []
     assert len(rig.tracker) == 0
+
+
+def test_the_end_of_lingering_does_not_wait_for_a_transaction_that_comes_for_what_it_holds() -> None:
+    """A tunnel is removed out first and added in first, so that each side has what the other one wants."""
+    rig = Rig("linux", linger=0.05)
+    rig.tracker.add_tunnel(SITE, ESP)
+    rig.tracker.remove_tunnel(SITE, ESP)
+
+    def reauthenticate() -> None:
+        with rig.tracker.transaction():
+            rig.tracker.add(IN, SITE.reversed(), ESP.reversed())
+            until = time.monotonic() + 5
+            while rig.entries(OUT) and time.monotonic() < until:
+                time.sleep(0.01)
+            rig.tracker.add(OUT, SITE, ESP)
+
+    thread = threading.Thread(target=reauthenticate, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert [len(rig.entries(direction)) for direction in (IN, OUT)] == [1, 1]
+    rig.tracker.close()
+    rig.agrees()
