@@ -116,7 +116,8 @@ def explain(book: Book, tracked: TrackedPolicy) -> Explanation:
 def _guard(book: Book, tracked: TrackedPolicy, step: Step) -> tuple[tuple[MessageType, ...], str]:
     top = tracked.top
     assert top is not None
-    work = Work(tracked, step=step, policy=tracked.policy(top, book.tag), before=tracked.installed)
+    policy, image = tracked.policy(top, book.tag), tracked.image(top)
+    work = Work(tracked, step=step, policy=policy, image=image, before=tracked.installed)
     plan = plan_guard(book, work) if step is Step.UPDATE else ()
     guards, updates = int(bool(plan)), 0
     if not book.abi.has_priority:

@@ -7,7 +7,18 @@ from faulty import loses_request, rejects
 from rig import ALL, BSD, DROP, ESP, LISTS, MOVED, OUT, REKEYED, Rig
 from scenarios import ADD, DEL, UPD
 
-from pfkey import Action, Assignment, Direction, MessageType, NotSupported, NotTracked, PFKeyError, Policy, Selector
+from pfkey import (
+    Action,
+    Assignment,
+    Direction,
+    MessageType,
+    NotSupported,
+    NotTracked,
+    PFKeyError,
+    Policy,
+    Selector,
+    Template,
+)
 
 SITE = Selector("10.1.0.0/16", "10.2.0.0/16")
 HOSTS = Selector("10.1.0.2", "10.2.0.2")
@@ -43,6 +54,18 @@ def test_what_it_would_send_is_what_the_next_call_sends(profile: str, selector: 
             assert len(sent) == len(said.would_send) + len(said.would_guard)
             assert said.assignments == tuple(reversed(then))
             before = then
+
+
+def test_a_guard_for_templates_that_freebsd_14_has_not_stored_yet_is_told() -> None:
+    rig = Rig("freebsd-14")
+    new = Assignment(Template.transport(reqid=2))
+    rig.tracker.add(OUT, WIDE, ESP)
+    rig.tracker.add(OUT, SITE, ESP)
+    with rig.tracker.transaction() as transaction:
+        rig.tracker.replace(OUT, SITE, ESP, new)
+        said = rig.tracker.explain(OUT, SITE)
+    assert transaction.changes[OUT, SITE].guard == said.would_guard == (ADD, DEL)
+    assert "has not stored such templates yet" in said.reason
 
 
 def test_the_text_for_people() -> None:
