@@ -25,7 +25,7 @@ from .messages import Policy, Selector
 from .reading import ENTER, GRACE, IDLE, Ask, Dump, Rows, Run
 from .resync import Difference
 from .tracking import Tracking
-from .uses import Transaction, mistaken, tunnel_calls
+from .uses import Transaction, Ways, mistaken, tunnel_calls
 from .watch import Healing, Pace, writes
 from .work import Change
 
@@ -135,13 +135,13 @@ class AsyncPolicyTracker:
         self, selector: Selector, assignment: Assignment, inbound: Assignment | None = None
     ) -> Transaction:
         """Add the policies of a whole tunnel from what goes out."""
-        return await self._tunnel(selector, (None, None), (assignment, inbound))
+        return await self._tunnel(selector, None, (assignment, inbound))
 
     async def remove_tunnel(
         self, selector: Selector, assignment: Assignment, inbound: Assignment | None = None
     ) -> Transaction:
         """Undo `add_tunnel`: out first."""
-        return await self._tunnel(selector, (assignment, inbound), (None, None))
+        return await self._tunnel(selector, (assignment, inbound), None)
 
     async def replace_tunnel(
         self,
@@ -155,12 +155,7 @@ class AsyncPolicyTracker:
         """`replace` in every direction, as one transaction."""
         return await self._tunnel(selector, (old, old_inbound), (new, new_inbound))
 
-    async def _tunnel(
-        self,
-        selector: Selector,
-        old: tuple[Assignment | None, Assignment | None],
-        new: tuple[Assignment | None, Assignment | None],
-    ) -> Transaction:
+    async def _tunnel(self, selector: Selector, old: Ways | None, new: Ways | None) -> Transaction:
         async with self.transaction() as transaction:
             for direction, where, before, after in tunnel_calls(self._abi, selector, old, new):
                 await self._call(direction, where, before, after)

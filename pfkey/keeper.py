@@ -24,7 +24,7 @@ from .messages import Policy, Selector
 from .reading import ENTER, GRACE, IDLE, Ask, Dump, Rows, Run
 from .resync import Difference
 from .tracking import Tracking
-from .uses import Transaction, mistaken, tunnel_calls
+from .uses import Transaction, Ways, mistaken, tunnel_calls
 from .watch import Healing, Watch, start, writes
 from .work import Change
 
@@ -181,13 +181,13 @@ class PolicyTracker:
 
         `inbound` is the assignment of the other directions; without it, `assignment` reversed.
         """
-        return self._tunnel(selector, (None, None), (assignment, inbound))
+        return self._tunnel(selector, None, (assignment, inbound))
 
     def remove_tunnel(
         self, selector: Selector, assignment: Assignment, inbound: Assignment | None = None
     ) -> Transaction:
         """Undo `add_tunnel`: out first."""
-        return self._tunnel(selector, (assignment, inbound), (None, None))
+        return self._tunnel(selector, (assignment, inbound), None)
 
     def replace_tunnel(
         self,
@@ -201,12 +201,7 @@ class PolicyTracker:
         """`replace` in every direction, as one transaction."""
         return self._tunnel(selector, (old, old_inbound), (new, new_inbound))
 
-    def _tunnel(
-        self,
-        selector: Selector,
-        old: tuple[Assignment | None, Assignment | None],
-        new: tuple[Assignment | None, Assignment | None],
-    ) -> Transaction:
+    def _tunnel(self, selector: Selector, old: Ways | None, new: Ways | None) -> Transaction:
         with self.transaction() as transaction:
             for direction, where, before, after in tunnel_calls(self._abi, selector, old, new):
                 self._call(direction, where, before, after)

@@ -18,6 +18,7 @@ from .work import LINGERS, UNCHANGED, UNUSED, Change, Work, say_more, uncertain
 __all__ = [
     "POSTPONED",
     "Transaction",
+    "Ways",
     "change_of",
     "check",
     "close_error",
@@ -291,33 +292,37 @@ def state_text(tracked: TrackedPolicy) -> str:
     return f"the kernel holds {whose}{image_text(installed.image)}"
 
 
+Ways = tuple[Assignment, Assignment | None]
+"""A tunnel's assignments: the outbound one, and that of the other directions, None when it is the same reversed."""
+
+
 def tunnel_calls(
-    abi: Abi,
-    selector: Selector,
-    old: tuple[Assignment | None, Assignment | None],
-    new: tuple[Assignment | None, Assignment | None],
+    abi: Abi, selector: Selector, old: Ways | None, new: Ways | None
 ) -> Iterator[tuple[Direction, Selector, Assignment | None, Assignment | None]]:
     """The calls for a whole tunnel, as (direction, selector, old, new).
 
     Inbound first, so that nothing arrives unexpected; when it goes, outbound first.
     """
+    given = [one for ways in (old, new) if ways for at, one in enumerate(ways) if not at or one is not None]
+    if not isinstance(selector, Selector) or not all(isinstance(one, Assignment) for one in given):
+        raise mistaken(selector, *given)
     directions = sorted(abi.directions, key=lambda way: way is Direction.OUT)
-    if new[0] is None:
+    if new is None:
         directions.reverse()
     backwards = selector.reversed()
     for direction in directions:
         if direction is Direction.OUT:
-            yield direction, selector, old[0], new[0]
+            yield direction, selector, old and old[0], new and new[0]
         else:
-            yield direction, backwards, _inbound(*old), _inbound(*new)
+            yield direction, backwards, old and _inbound(*old), new and _inbound(*new)
 
 
-def _inbound(outbound: Assignment | None, given: Assignment | None) -> Assignment | None:
+def _inbound(outbound: Assignment, given: Assignment | None) -> Assignment:
     """What comes back through the same tunnel.
 
     A peer sends what does not get smaller uncompressed, so IPComp is optional there (RFC 3173 section 2.2).
     """
-    if given is not None or outbound is None:
+    if given is not None:
         return given
     turned = outbound.reversed()
     if all(template.protocol != SAProtocol.IPCOMP for template in turned.templates):

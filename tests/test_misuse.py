@@ -72,6 +72,12 @@ WRONG: list[tuple[str, tuple[Any, ...], str]] = [
     ("remove", (OUT, None, ESP), "Selector"),
     ("replace", (OUT, SITE, ESP, None), "Assignment"),
     ("replace", (OUT, SITE, None, ESP), "Assignment"),
+    ("add_tunnel", (SITE, None), "Assignment"),
+    ("add_tunnel", (SITE, ESP, Template.transport()), "Assignment"),
+    ("add_tunnel", ("10.1.0.0/16", ESP), "Selector"),
+    ("remove_tunnel", (SITE, None), "Assignment"),
+    ("replace_tunnel", (SITE, ESP, None), "Assignment"),
+    ("replace_tunnel", (SITE, None, ESP), "Assignment"),
 ]
 
 
