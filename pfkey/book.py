@@ -172,16 +172,20 @@ class Book:
             self.note(tracked, ABSENT)
 
     def note(self, tracked: TrackedPolicy, installed: Installed) -> None:
-        """The kernel holds this from now on, as far as is known; the indexes follow."""
+        """The kernel holds this from now on, as far as is known; the indexes follow.
+
+        An interrupt (Ctrl-C) leaves what was known before, which is less, or what is known now, counted.
+        """
         before = tracked.installed
-        tracked.installed = installed
         way = int(tracked.direction)
+        more = (installed.state is State.OURS) - (before.state is State.OURS)
         if before.policy_id != installed.policy_id:
             if self.ids.get(before.policy_id) is tracked:
                 del self.ids[before.policy_id]
             if installed.policy_id:
                 self.ids[installed.policy_id] = tracked
-        self.standing[way] += (installed.state is State.OURS) - (before.state is State.OURS)
+        tracked.installed = installed  # no place for an interrupt between this and the next line
+        self.standing[way] += more
         image = installed.image if installed.state in _PRESENT else None
         if self.abi.has_priority:
             self.indexes[way].put(tracked, None if image is None else image.priority)

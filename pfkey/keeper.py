@@ -230,19 +230,13 @@ class PolicyTracker:
                 raise
             return
         with self._in_order:
-            with self._lock:
-                transaction = tracking.begin(me, is_sweep=sweep)
             try:
-                yield transaction
-            except BaseException:
                 with self._lock:
-                    tracking.roll_back(me)
-                    self._tell_idle()
-                raise
-            try:
+                    transaction = tracking.begin(me, is_sweep=sweep)
+                yield transaction
                 self._run(tracking.commit(me))
-            except KeyboardInterrupt:
-                if tracking.join(me) is transaction:  # before anything was done
+            except BaseException:
+                if tracking.join(me) is not None:  # it came before anything was done
                     with self._lock:
                         tracking.roll_back(me)
                         self._tell_idle()

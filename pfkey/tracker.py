@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
@@ -401,6 +401,20 @@ class TrackedPolicy:
             return
         self._entries = step.crowd
         (step.crowd.withdraw if step.inserted else step.crowd.restore)(self, step.assignment, step.serial)
+
+    def undo_all(self, steps: Sequence[Undo]) -> None:
+        """Take back all that came one after the other; of few assignments in one step, whatever interrupts it."""
+        if steps and not isinstance(steps[0], _CrowdStep):
+            self._entries = steps[0]  # the whole list as it was before the first
+            return
+        for step in reversed(steps):
+            self.undo(step)
+
+    def must_have(self, assignment: Assignment) -> None:
+        """Raise NotTracked when it is not there."""
+        entries = self._entries
+        if assignment not in (entries.serials if isinstance(entries, _Crowd) else entries):
+            raise self._not_tracked(assignment)
 
     def clear(self) -> Undo:
         """Take out all of them."""

@@ -80,8 +80,7 @@ class Tracking:
         steps = shift(book, tracked, old, new)
         change = change_of(book, tracked, top)
         if change is None:
-            for step in reversed(steps):
-                tracked.undo(step)
+            tracked.undo_all(steps)
         elif not len(tracked):
             book.close(tracked)
         return change

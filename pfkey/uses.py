@@ -77,7 +77,7 @@ def shift(
         steps.append(tracked.remove(old))
         return steps
     if old == new:
-        tracked.undo(tracked.remove(old))  # it must be there
+        tracked.must_have(old)
         return steps
     check(book, tracked, new)
     if old is None:
@@ -222,8 +222,7 @@ class Transaction:
     def roll_back(self) -> None:
         """Restore every list."""
         for tracked, (_, _, steps) in self._touched.items():
-            for step in reversed(steps):
-                tracked.undo(step)
+            tracked.undo_all(steps)
 
     def works(self, book: Book) -> list[Work]:
         """What the kernel has to hear of; the rest is noted as unchanged."""

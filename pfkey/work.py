@@ -146,8 +146,7 @@ class Work:
 
     def take_back(self) -> None:
         """Undo the caller's changes of the list, the last one first."""
-        for step in reversed(self.undo or ()):
-            self.tracked.undo(step)
+        self.tracked.undo_all(self.undo or ())
         self.undo = None
 
     def fail(self, error: PFKeyError) -> None:

@@ -17,7 +17,7 @@ from rig import ESP, IN, MOVED, OUT, REKEYED, Rig
 from scenarios import SITE
 
 from pfkey import PolicyTracker, Selector, overlaps, uses
-from pfkey.tracker import TrackedPolicy
+from pfkey.tracker import State, TrackedPolicy
 
 HOSTS = Selector("10.9.9.9", "10.8.8.8")
 WEB = Selector("10.1.0.0/16", "10.2.0.0/16", protocol=6, destination_port=443)
@@ -242,3 +242,58 @@ def test_an_interrupt_leaves_the_index_of_overlaps_usable(
     rig.tracker.flush()
     assert rig.embedded.policies() == []
     assert all(not index._groups for index in rig.tracker._tracking.book.indexes.values())
+
+
+def interrupt_at(place: int, call: Callable[[], None]) -> bool:
+    """Ctrl-C at one of the places where the interpreter looks for signals: a function begins, or one of C is back."""
+    count = 0
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal count
+        if event in ("call", "c_return") and frame.f_code.co_filename.endswith(LISTS_AND_HOLDING):
+            count += 1
+            if count == place:
+                sys.setprofile(None)
+                raise InterruptError
+
+    sys.setprofile(profile)
+    try:
+        call()
+    except InterruptError:
+        return True
+    finally:
+        sys.setprofile(None)
+    return False
+
+
+LISTS_AND_HOLDING = tuple(f"/pfkey/{name}.py" for name in ("book", "keeper", "tracker", "tracking", "uses"))
+
+
+def _same(tracker: PolicyTracker) -> None:
+    tracker.replace(OUT, SITE, ESP, ESP)
+
+
+def _remove(tracker: PolicyTracker) -> None:
+    tracker.remove(OUT, SITE, ESP)
+
+
+@pytest.mark.parametrize("profile", ["linux", "freebsd-14"])
+@pytest.mark.parametrize("call", [*CALLS, _same, _remove], ids=lambda call: call.__name__.strip("_"))
+def test_an_interrupt_at_each_place_leaves_the_book_whole(profile: str, call: Callable[[PolicyTracker], None]) -> None:
+    place, interrupted = 0, True
+    while interrupted:
+        place += 1
+        rig = Rig(profile)
+        for selector in (SITE, HOSTS):
+            rig.tracker.add(OUT, selector, ESP)
+        interrupted = interrupt_at(place, lambda rig=rig: call(rig.tracker))  # type: ignore[misc]
+        tracking = rig.tracker._tracking
+        book = tracking.book
+        assert tracking.transactions == {}
+        assert [str(tracked) for tracked in book if tracked.busy is not None] == []
+        assert call is _remove or rig.tracker.assignments(OUT, SITE) != ()
+        held = [tracked for tracked in book if tracked.installed.state is State.OURS]
+        assert sum(book.standing.values()) == len(held)
+        assert {number: one for number, one in book.ids.items() if one.installed.policy_id != number} == {}
+        assert [one for one in book if book.ids.get(one.installed.policy_id, one) is not one] == []
+    assert place > 20
