@@ -199,8 +199,7 @@ class Play(Frame):
     def tunnel(self, assignment: Assignment, *, remove: bool) -> None:
         """A whole tunnel in one call: a transaction that the tracker makes."""
         selector = self.places[0].selector
-        none = (None, None)
-        pairs = ((assignment, None), none) if remove else (none, (assignment, None))
+        pairs = ((assignment, None), None) if remove else (None, (assignment, None))
         before, after = self.model, self.model.copy()
         touched: set[Where] = set()
         legal = True
