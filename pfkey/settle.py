@@ -100,10 +100,12 @@ def _rounds(book: Book, works: Sequence[Work]) -> Steps:
         if not pending:
             break
         taken = [work for work in pending if work.existed]
+        put_off = [work for work in pending if work.postponed]
         for work in pending:
             work.existed = work.postponed = False
     else:
         _tell_invisible(taken)
+        _tell_put_off(put_off)
     if beside and works:
         _account(book, works, beside)
 
@@ -119,6 +121,13 @@ def _tell_invisible(works: Sequence[Work]) -> None:
                     " that is about to go), or somebody adds and deletes it all the time"
                 )
             )
+
+
+def _tell_put_off(works: Sequence[Work]) -> None:
+    """It was their turn in the next round each time, and there is none any more."""
+    for work in works:
+        if work.error is None and not work.tracked.holds_top():
+            work.fail(PFKeyError(f"{work.tracked} was not changed: others were in its way; the next call tries again"))
 
 
 def _account(book: Book, works: Sequence[Work], beside: Sequence[Work]) -> None:

@@ -297,6 +297,8 @@ def _delete_guards(book: Book, going: Sequence[tuple[Work, Policy]]) -> Steps:
     ]
     standing = yield from standing_guards(book, doubtful)
     for (work, guard), doubt, reply in zip(going, doubted, replies, strict=True):
+        stays = f"its guard {guard.selector} could not be deleted and stays until the next call: "
+        work.notes = [note for note in work.notes if not note.startswith(stays)]  # of an attempt before
         gone = guard in doubtful and standing is not None and guard not in standing
         if gone or not isinstance(reply, PFKeyError):
             without(work.tracked, doubt)
@@ -304,9 +306,7 @@ def _delete_guards(book: Book, going: Sequence[tuple[Work, Policy]]) -> Steps:
         if standing is not None or guard not in doubtful:
             instead(work.tracked, doubt, guard)
         log.warning("the guard %s of %s could not be deleted: %s", guard.selector, work.tracked, reply)
-        note = f"its guard {guard.selector} could not be deleted and stays until the next call: {reply}"
-        if note not in work.notes:
-            work.notes.append(note)
+        work.notes.append(f"{stays}{reply}")
 
 
 def _says_absent(book: Book, error: PFKeyError) -> bool:

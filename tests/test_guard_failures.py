@@ -19,6 +19,7 @@ from pfkey import (
     SAProtocol,
     Selector,
     Template,
+    settle,
 )
 from pfkey.guards import (
     Guard,
@@ -375,6 +376,25 @@ def test_an_update_is_tried_again_when_the_guard_in_its_way_has_gone(profile: st
     assert rig.guards() != []
     rig.fault(DEL, rejects("ENOMEM"))
     with rig.embedded.probe(OUT, SITE) as probe:
-        assert rig.tracker.replace(OUT, SITE, MOVED, ESP).sent == (UPD,)
+        change = rig.tracker.replace(OUT, SITE, MOVED, ESP)
+    assert change.sent == (UPD,)
+    assert "stays" not in change.reason
     assert probe.bare == 0
+    rig.agrees()
+
+
+def test_an_update_that_is_put_off_to_the_last_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same, where the round in which it would be tried again does not come."""
+    rig = Rig("freebsd-13")
+    rig.tracker.add(OUT, ELSEWHERE, ESP)
+    rig.tracker.add(OUT, SITE, ESP)
+    rig.fault(DEL, rejects("ENOMEM"))
+    rig.tracker.replace(OUT, SITE, ESP, MOVED)
+    rig.fault(DEL, rejects("ENOMEM"))
+    with monkeypatch.context() as patch:
+        patch.setattr(settle, "_ROUNDS", 1)
+        with pytest.raises(PFKeyError, match="was not changed: others were in its way; the next call tries again"):
+            rig.tracker.replace(OUT, SITE, MOVED, ESP)
+    assert rig.tracker.assignments(OUT, SITE) == (ESP,)
+    assert rig.tracker.add(OUT, SITE, REKEYED).sent == (UPD,)
     rig.agrees()
