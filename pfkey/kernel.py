@@ -32,7 +32,8 @@ def connect(target: str | Channel = "native", *, events: Channel | None = None, 
     `target` is "native", this host's; "embedded:PROFILE", a new and empty kernel in this process (linux, linux-6.12,
     linux-smp, freebsd-10 to freebsd-14, netbsd, macos); "unix:PATH", the kernel of `pfkey embedded --listen PATH`; or a
     Channel.  `events` is a second channel to the same kernel, which then has the events to itself.  `timeout` is how
-    many seconds to wait for an answer.
+    many seconds to wait for an answer; a fifth of it, but a second at least, is waited between the parts of a BSD's
+    dump.
 
     Raises NotSupported when there is no such kernel, KernelError (a PermissionError) when it is not for us.
     """

@@ -21,13 +21,22 @@ AT_ONCE = 64
 """Messages received in one call."""
 
 
+_PAUSE = 10 * SLICE
+"""Seconds between parts of a dump that a kernel queued all at once: none of FreeBSD, more of a channel to a remote one.
+
+What does not come within was dropped, and need not be waited for as long as an answer; who has a connection that stalls
+for longer gives it a longer timeout, of which this is the fifth part then."""
+
+
 class Waiter:
     """Somebody who waits: for the answers to its requests, or until `ready` says so."""
 
-    __slots__ = ("deadline", "heard", "open", "ready", "requests", "seqs", "timeout")
+    __slots__ = ("deadline", "heard", "open", "pause", "ready", "requests", "seqs", "timeout")
 
     def __init__(self, timeout: float | None, ready: Callable[[], bool] | None = None) -> None:
         self.timeout = timeout
+        self.pause = None if timeout is None else min(timeout, max(_PAUSE, timeout / 5))
+        """How long it waits for the next part of a dump that the kernel queued all at once."""
         self.deadline = 0.0
         self.heard = True
         """Something came for it: its clock starts again when it looks next."""
@@ -150,10 +159,6 @@ class Room:
         return list({next(iter(queue)): None for queue in (self._requests, self._dumps) if queue})
 
 
-_PAUSE = 10 * SLICE
-"""Seconds between parts of a dump that a kernel queued all at once: none of FreeBSD, more of a channel to a remote one.
-
-What does not come within was dropped, and need not be waited for as long as an answer."""
 _REST = 5 * SLICE
 """Seconds for which what is left of a dump is waited for at most."""
 
@@ -224,8 +229,8 @@ class Shared:
                 waiter = request.owner
                 if not isinstance(waiter, Waiter):
                     continue
-                if request.dump and self._room.floods and waiter.timeout is not None:
-                    waiter.timeout = min(waiter.timeout, _PAUSE)
+                if request.dump and self._room.floods:
+                    waiter.timeout = waiter.pause
                 if waiter is reader:
                     waiter.heard = True  # it looks at the clock next
                 elif waiter is not last:
