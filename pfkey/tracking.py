@@ -186,7 +186,10 @@ class Tracking:
             transaction.not_swept = error
             return
         for tracked in taken:
-            yield from self._seize(tracked, transaction)
+            # A call that came to it meanwhile sees to it, and may wait for the writers' lock, which is ours now.
+            if tracked.busy is None or tracked.busy is transaction:
+                transaction.hold(tracked)
+                tracked.busy = transaction
 
     def flush(self) -> Run[tuple[Change, ...]]:
         """Delete whatever is tracked."""
@@ -293,12 +296,6 @@ class Tracking:
             if tracked.busy is None or tracked.busy is holder:
                 return tracked
             yield IDLE
-
-    def _seize(self, tracked: TrackedPolicy, holder: Transaction) -> Steps:
-        while tracked.busy is not None and tracked.busy is not holder:
-            yield IDLE
-        holder.hold(tracked)
-        tracked.busy = holder
 
     def _seize_all(self, holder: Transaction) -> Steps:
         for tracked in list(self.book):

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import errno
+import threading
+import time
+from collections.abc import Sequence
 
 import pytest
 from faulty import interrupts, rejects, spoils
 from rig import ALL, BSD, DROP, ESP, IN, LINUX, MOVED, OUT, UNLINK_FIRST, Rig
 from scenarios import ADD, DEL, UPD
 
-from pfkey import Action, Assignment, ForeignPolicy, MessageType, PFKeyError, Policy, Rank, Selector, TransactionError
+from pfkey import (
+    Action,
+    Assignment,
+    Change,
+    ForeignPolicy,
+    MessageType,
+    PFKeyError,
+    Policy,
+    Rank,
+    Selector,
+    TransactionError,
+)
 from pfkey.guards import Kind, Tag, owner_number, read_tag
 from pfkey.tracker import priority_of
 
@@ -323,6 +337,36 @@ def test_what_a_sweep_cannot_delete_is_told_and_tried_again() -> None:
     with tracker.transaction(sweep=True):
         pass
     assert {policy.selector for policy in rig.entries()} == {SITES[0]}
+
+
+@pytest.mark.parametrize("profile", ["linux", "freebsd-13"])
+def test_what_another_thread_comes_to_use_during_a_sweep_stays(profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its call waits until the sweep is over and lets others write: the sweep must not wait for it."""
+    rig = Rig(profile, owner="us")
+    for site in SITES[:2]:
+        rig.tracker.add(OUT, site, ESP)
+    tracker = rig.restart(owner="us", lock_timeout=20)
+    changes: list[Change] = []
+    thread = threading.Thread(target=lambda: changes.append(tracker.add(OUT, SITES[0], ESP)), daemon=True)
+    dump = rig.kernel.dump_policies
+
+    def and_somebody_comes() -> Sequence[Policy]:
+        policies = dump()
+        if thread.ident is None:
+            thread.start()
+            while (tracked := tracker._tracking.book.get(OUT, SITES[0])) is None or tracked.busy is None:
+                time.sleep(0.001)
+        return policies
+
+    monkeypatch.setattr(rig.kernel, "dump_policies", and_somebody_comes)
+    begun = time.monotonic()
+    with tracker.transaction(sweep=True) as transaction:
+        pass
+    thread.join(30)
+    assert time.monotonic() - begun < 10
+    assert transaction.sent == (DEL,)
+    assert [change.sent for change in changes] == [()]
+    assert [entry.selector for entry in rig.entries()] == [SITES[0]]
 
 
 @pytest.mark.parametrize("profile", ALL)
