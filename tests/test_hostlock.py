@@ -72,6 +72,16 @@ def test_a_process_that_is_killed_leaves_the_lock_free(tmp_path: Path) -> None:
         assert WriterLock(str(path)).try_to_take()
 
 
+@pytest.mark.parametrize("timeout", [1e10, float("inf")])
+def test_it_may_be_waited_for_for_ever(timeout: float) -> None:
+    lock = WriterLock(None)
+    lock.take(0, by="somebody")
+    timer = threading.Timer(0.05, lock.release, ("somebody",))
+    timer.start()
+    lock.take(timeout)
+    timer.join()
+
+
 def test_a_lock_that_comes_free_is_taken(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     rig = Rig("freebsd-13", lock=str(path), lock_timeout=30)
