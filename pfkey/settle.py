@@ -31,7 +31,7 @@ __all__ = ["settle"]
 log = logging.getLogger("pfkey.keeper")
 
 _AT_ONCE = 512
-"""How many policies are made into messages at a time: what they and their answers take is used again for the next."""
+"""How many policies are sent at a time: what the bytes and the answers take is used again for the next."""
 _ROUNDS = 4
 """Once as asked; once to read what an SPDADD met, or to repair what a rejection left; the rest for what comes then."""
 
