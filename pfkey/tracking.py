@@ -116,13 +116,14 @@ class Tracking:
         self, transaction: Transaction, tracked: TrackedPolicy, old: Assignment | None, new: Assignment | None
     ) -> Change:
         """Note it for the end of the transaction."""
+        tracked.busy = transaction
         try:
             transaction.touch(self.book, tracked, old, new)
         except BaseException:
             if tracked not in transaction:
+                tracked.busy = None
                 self.book.close(tracked)
             raise
-        tracked.busy = transaction
         return POSTPONED
 
     def query(self, me: object, direction: Direction, selector: Selector) -> Run[Policy]:

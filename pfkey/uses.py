@@ -157,7 +157,7 @@ class Transaction:
         self.sweep = sweep
         self._touched: dict[TrackedPolicy, tuple[Assignment | None, bool, list[Undo]]] = {}
         self._log: list[tuple[TrackedPolicy, int, bool]] = []
-        """What was touched in turn: in how many steps, and whether something had been added to it before."""
+        """What was touched in turn: how many steps it had taken before, and whether something had been added to it."""
         self._changes: list[tuple[TrackedPolicy, Change]] = []
         self.over = False
         self.not_swept: PFKeyError | OSError | None = None
@@ -183,15 +183,15 @@ class Transaction:
         """Change the list of a policy, which is this transaction's from now on."""
         touched = self._touched.get(tracked)
         top, added, steps = touched if touched is not None else (tracked.top, False, list[Undo]())
-        count = len(steps)
         self._touched[tracked] = top, added, steps  # before anything is done: an interrupt must find it to take it back
+        self._log.append((tracked, len(steps), added))
         try:
             shift(book, tracked, old, new, steps)
         except Exception:
+            self._log.pop()
             if touched is None:
                 del self._touched[tracked]
             raise
-        self._log.append((tracked, len(steps) - count, added))
         self._touched[tracked] = top, added or new is not None, steps
 
     @property
@@ -203,9 +203,9 @@ class Transaction:
         """Take back what was done since; the policies stay this transaction's to its end."""
         count, self.sweep = mark
         while len(self._log) > count:
-            tracked, number, added = self._log.pop()
+            tracked, before, added = self._log.pop()
             top, _, steps = self._touched[tracked]
-            for _ in range(number):
+            while len(steps) > before:
                 tracked.undo(steps.pop())
             self._touched[tracked] = (top, added, steps)
 

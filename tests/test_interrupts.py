@@ -297,3 +297,26 @@ def test_an_interrupt_at_each_place_leaves_the_book_whole(profile: str, call: Ca
         assert {number: one for number, one in book.ids.items() if one.installed.policy_id != number} == {}
         assert [one for one in book if book.ids.get(one.installed.policy_id, one) is not one] == []
     assert place > 20
+
+
+def test_an_interrupt_in_a_transaction_within_another_takes_back_all_of_that_one() -> None:
+    place, interrupted = 0, True
+    while interrupted:
+        place += 1
+        rig = Rig("linux")
+        rig.tracker.add(OUT, SITE, ESP)
+
+        def within(rig: Rig = rig) -> None:
+            with rig.tracker.transaction():
+                rig.tracker.add(OUT, SITE, REKEYED)
+                rig.tracker.add(OUT, WEB, REKEYED)
+
+        with rig.tracker.transaction():
+            rig.tracker.add(OUT, SITE, MOVED)
+            interrupted = interrupt_at(place, within)
+            if interrupted:
+                assert rig.tracker.assignments(OUT, SITE) == (MOVED, ESP), place
+                assert rig.tracker.assignments(OUT, WEB) == (), place
+            held = [tracked.busy is not None for tracked in rig.tracker._tracking.book if len(tracked)]
+            assert all(held), place
+    assert place > 20
