@@ -25,7 +25,7 @@ from .messages import Policy, Selector
 from .reading import ENTER, GRACE, IDLE, Ask, Dump, Rows, Run
 from .resync import Difference
 from .tracking import Tracking
-from .uses import Transaction, Ways, mistaken, tunnel_calls
+from .uses import Transaction, Ways, expect, tunnel_calls
 from .watch import Healing, Pace, writes
 from .work import Change
 
@@ -115,20 +115,17 @@ class AsyncPolicyTracker:
 
     async def add(self, direction: Direction, selector: Selector, assignment: Assignment) -> Change:
         """Let `assignment` use the policy."""
-        if not (isinstance(selector, Selector) and isinstance(assignment, Assignment)):
-            raise mistaken(selector, assignment)
+        expect(selector, assignment)
         return await self._call(direction, selector, None, assignment)
 
     async def remove(self, direction: Direction, selector: Selector, assignment: Assignment) -> Change:
         """End the use of the policy by `assignment`, the oldest of equal ones."""
-        if not (isinstance(selector, Selector) and isinstance(assignment, Assignment)):
-            raise mistaken(selector, assignment)
+        expect(selector, assignment)
         return await self._call(direction, selector, assignment, None)
 
     async def replace(self, direction: Direction, selector: Selector, old: Assignment, new: Assignment) -> Change:
         """Let `new` take the place of `old`: one message at most."""
-        if not (isinstance(selector, Selector) and isinstance(old, Assignment) and isinstance(new, Assignment)):
-            raise mistaken(selector, old, new)
+        expect(selector, old, new)
         return await self._call(direction, selector, old, new)
 
     async def add_tunnel(

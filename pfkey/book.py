@@ -9,7 +9,6 @@ from enum import Enum
 
 from .abi import Abi
 from .constants import Action, Direction
-from .errors import NotSupported
 from .guards import Guard, Kind, read_tag, tag_lifetime
 from .messages import Policy, PolicyExtension, Selector
 from .overlaps import OverlapIndex
@@ -21,9 +20,9 @@ from .tracker import (
     Request,
     State,
     TrackedPolicy,
-    direction_name,
     image_of,
     image_of_policy,
+    lacking,
 )
 from .typed import PolicyRow, Stored, templates_of
 
@@ -333,8 +332,7 @@ class Book:
     def must_support(self, direction: Direction) -> None:
         """Raise NotSupported for a direction that the system lacks."""
         if int(direction) not in self.tables:
-            names = ", ".join(known.name for known in self.abi.directions)
-            raise NotSupported(f"{self.abi} has no policies of direction {direction_name(direction)}; it has {names}")
+            raise lacking(direction, self.abi)
 
 
 def _kinds(image: Image) -> tuple[tuple[int, ...], ...]:

@@ -25,8 +25,6 @@ T = TypeVar("T")
 
 _SATYPES: dict[int, SAType] = {int(kind): kind for kind in SAType}
 _HEADER_FIELDS = ("version", "type", "errno", "satype", "length", "reserved", "seq", "pid")
-
-
 _OUT = 8192
 """Room for a message under construction; a longer one gets a buffer of its own."""
 
@@ -76,7 +74,7 @@ def core_abi(abi: Abi) -> Any:
 # Where single fields lie in the record, for those that are read most.
 _SA_BYTE, _SA_BIT = layout.presence(ExtensionType.SA)
 _SA2_BYTE, _SA2_BIT = layout.presence(ExtensionType.SA2)
-_PRESENT = _SPI = struct.Struct("=I").unpack_from
+_NUMBER: Callable[..., tuple[int]] = struct.Struct("=I").unpack_from
 _SEQ_AND_PID, _SEQ_AT, _COUNTS_AT = struct.Struct("=II").pack, layout.COLUMNS["seq"].offset, layout.COUNTS.offset
 _SPI_AT, _STATE_AT = layout.COLUMNS["spi"].offset, layout.COLUMNS["state"].offset
 _MODE_AT, _REQID_AT = layout.COLUMNS["mode"].offset, layout.COLUMNS["reqid"].offset
@@ -265,7 +263,7 @@ class Message:
     def spi(self) -> int | None:
         """The SPI of the SA, as a number."""
         record = self._record
-        return _SPI(record, _SPI_AT)[0] if record[_SA_BYTE] & _SA_BIT else None
+        return _NUMBER(record, _SPI_AT)[0] if record[_SA_BYTE] & _SA_BIT else None
 
     @property
     def state(self) -> SAState | int | None:
@@ -283,7 +281,7 @@ class Message:
     def reqid(self) -> int | None:
         """The reqid of the SA."""
         record = self._record
-        return _SPI(record, _REQID_AT)[0] if record[_SA2_BYTE] & _SA2_BIT else None
+        return _NUMBER(record, _REQID_AT)[0] if record[_SA2_BYTE] & _SA2_BIT else None
 
     source = _part(ExtensionType.ADDRESS_SRC, layout.ADDRESS, address_of, "SADB_EXT_ADDRESS_SRC.")
     destination = _part(ExtensionType.ADDRESS_DST, layout.ADDRESS, address_of, "SADB_EXT_ADDRESS_DST.")
@@ -303,8 +301,7 @@ class Message:
 
     @property
     def _present(self) -> int:
-        present: int = _PRESENT(self._record, layout.COUNTS.offset)[0]
-        return present
+        return _NUMBER(self._record, layout.COUNTS.offset)[0]
 
     def _has(self, kind: ExtensionType) -> bool:
         return bool(self._present >> layout.SLOTS[kind].number & 1)

@@ -13,11 +13,11 @@ from weakref import WeakValueDictionary
 
 from .errors import PFKeyError, SPDLocked
 
-__all__ = ["WriterLock", "writer_lock"]
+__all__ = ["LONGEST_WAIT", "WriterLock", "writer_lock"]
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
-_LONGEST_WAIT = 86400.0
-"""Seconds: no lock can be waited for some centuries, or for ever, at once."""
+LONGEST_WAIT = 86400.0
+"""Seconds: no lock, nor a timer, can be waited for some centuries, or for ever, at once."""
 
 
 class WriterLock:
@@ -41,7 +41,7 @@ class WriterLock:
         try:
             with self._lock:  # acquire() would be interrupted when it has it already, and nobody would know
                 while self._taken and (left := deadline - time.monotonic()) > 0:
-                    self._changed.wait(min(left, _LONGEST_WAIT))
+                    self._changed.wait(min(left, LONGEST_WAIT))
                 if not self._taken:
                     self._by, self._taken, mine = by, True, True
             if mine:

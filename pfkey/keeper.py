@@ -19,12 +19,12 @@ from .constants import Direction
 from .errors import PFKeyError
 from .explain import Explanation
 from .guards import Guard, owner_number
-from .hostlock import WriterLock, writer_lock
+from .hostlock import LONGEST_WAIT, WriterLock, writer_lock
 from .messages import Policy, Selector
 from .reading import ENTER, GRACE, IDLE, Ask, Dump, Rows, Run
 from .resync import Difference
 from .tracking import Tracking
-from .uses import Transaction, Ways, mistaken, tunnel_calls
+from .uses import Transaction, Ways, expect, tunnel_calls
 from .watch import Healing, Watch, start, writes
 from .work import Change
 
@@ -153,8 +153,7 @@ class PolicyTracker:
         selector, KernelError for what the kernel refused: then the assignment is not recorded.  After any other error
         (ReplyTimeout, ChannelClosed, ENOBUFS) it is recorded, and the next call finds out what the kernel did.
         """
-        if not (isinstance(selector, Selector) and isinstance(assignment, Assignment)):
-            raise mistaken(selector, assignment)
+        expect(selector, assignment)
         return self._call(direction, selector, None, assignment)
 
     def remove(self, direction: Direction, selector: Selector, assignment: Assignment) -> Change:
@@ -163,8 +162,7 @@ class PolicyTracker:
         Raises NotTracked when it was never added.  Whatever the kernel answers, the assignment is gone afterwards; a
         policy that could not be deleted stays tracked, and the next call or `flush` tries again.
         """
-        if not (isinstance(selector, Selector) and isinstance(assignment, Assignment)):
-            raise mistaken(selector, assignment)
+        expect(selector, assignment)
         return self._call(direction, selector, assignment, None)
 
     def replace(self, direction: Direction, selector: Selector, old: Assignment, new: Assignment) -> Change:
@@ -172,8 +170,7 @@ class PolicyTracker:
 
         Raises NotTracked when `old` was never added, and what `add` raises; then `old` stays, when the kernel refused.
         """
-        if not (isinstance(selector, Selector) and isinstance(old, Assignment) and isinstance(new, Assignment)):
-            raise mistaken(selector, old, new)
+        expect(selector, old, new)
         return self._call(direction, selector, old, new)
 
     def add_tunnel(self, selector: Selector, assignment: Assignment, inbound: Assignment | None = None) -> Transaction:
@@ -217,7 +214,7 @@ class PolicyTracker:
         There is one transaction of a tracker at a time; within one, another is part of it, and an exception that comes
         out of that takes back what was done in it.
         """
-        me, tracking = threading.get_ident(), self._tracking
+        me, tracking = threading.current_thread(), self._tracking
         outer = tracking.join(me)
         if outer is not None:
             mark = outer.mark
@@ -247,7 +244,7 @@ class PolicyTracker:
 
         Raises TransactionError naming the policies that could not be deleted; they stay tracked.
         """
-        self._tracking.must_be_free(threading.get_ident(), "flush()")
+        self._tracking.must_be_free(threading.current_thread(), "flush()")
         with self._in_order:
             return self._run(self._tracking.flush())
 
@@ -260,7 +257,7 @@ class PolicyTracker:
         well, and what was contested is ours again.  Raises PFKeyError when the policies cannot be read; what cannot be
         put right is told in its difference.
         """
-        self._tracking.must_be_free(threading.get_ident(), "resync()")
+        self._tracking.must_be_free(threading.current_thread(), "resync()")
         return self._resync(by_hand=True)
 
     def _resync(self, *, by_hand: bool) -> tuple[Difference, ...]:
@@ -293,7 +290,7 @@ class PolicyTracker:
 
         Raises NotTracked when the tracker has no such policy, or the kernel has it no more.
         """
-        return self._run(self._tracking.query(threading.get_ident(), direction, selector))
+        return self._run(self._tracking.query(threading.current_thread(), direction, selector))
 
     def find(self, policy_id: int) -> tuple[Direction, Selector] | None:
         """Which tracked policy has this id in the kernel (an ACQUIRE names it), or None."""
@@ -329,14 +326,14 @@ class PolicyTracker:
 
     def _call(self, direction: Direction, selector: Selector, old: Assignment | None, new: Assignment | None) -> Change:
         tracking = self._tracking
-        me = threading.get_ident() if tracking.transactions else None
+        me = threading.current_thread() if tracking.transactions else None
         with self._lock:
             change = tracking.quick(me, direction, selector, old, new)
             if change is not None:
                 if new is None and tracking.book.settings.linger:
                     self._set_timer()
                 return change
-        return self._run(tracking.call(threading.get_ident(), direction, selector, old, new))
+        return self._run(tracking.call(threading.current_thread(), direction, selector, old, new))
 
     def _run(self, steps: Run[T]) -> T:
         """Carry a run out: what it decides under the lock, what it asks for without.
@@ -446,7 +443,7 @@ class PolicyTracker:
             self._timer.cancel()
             self._timer = None
         if due is not None:
-            seconds = min(max(0.0, due - time.monotonic()), _LONGEST_WAIT)  # it is set again when nothing is due then
+            seconds = min(max(0.0, due - time.monotonic()), LONGEST_WAIT)  # it is set again when nothing is due then
             self._timer, self._timer_due = threading.Timer(seconds, self._linger_is_over), due
             self._timer.daemon = True
             self._timer.start()
@@ -466,7 +463,5 @@ class PolicyTracker:
                 self._set_timer()
 
 
-_LONGEST_WAIT = 86400.0
-"""Seconds: no lock can be waited for some centuries, or for ever."""
 GRACE_SECONDS = 0.02
 """In which all packets under way are through; 3 ms were enough in 10,000 measured updates (Linux 6.18)."""

@@ -61,8 +61,8 @@ def resync(book: Book, everything: Sequence[TrackedPolicy], *, by_hand: bool) ->
         for tracked in everything:
             if tracked.troubles is not None:
                 tracked.troubles.contested, tracked.troubles.strikes = False, []
-    left = [work for work in works if work.tracked.troubles is not None and work.tracked.troubles.contested]
-    works = [work for work in works if work not in left]
+    left = [work for work in works if _is_contested(work.tracked)]
+    works = [work for work in works if not _is_contested(work.tracked)]
     found = {work.tracked: work.tracked.installed for work in (*works, *left)}
     if works:
         yield from settle(book, works)
@@ -88,6 +88,10 @@ def resync(book: Book, everything: Sequence[TrackedPolicy], *, by_hand: bool) ->
 
 def _lingers(tracked: TrackedPolicy) -> bool:
     return tracked.troubles is not None and tracked.troubles.lingers_until is not None
+
+
+def _is_contested(tracked: TrackedPolicy) -> bool:
+    return tracked.troubles is not None and tracked.troubles.contested
 
 
 def _text(installed: Installed) -> str:

@@ -27,10 +27,10 @@ __all__ = [
     "TrackedPolicy",
     "Undo",
     "decide",
-    "direction_name",
     "image_of",
     "image_of_policy",
     "image_text",
+    "lacking",
     "priority_of",
     "templates_of",
 ]
@@ -281,8 +281,7 @@ class TrackedPolicy:
 
     def __init__(self, direction: Direction, selector: Selector, abi: Abi) -> None:
         if direction not in abi.directions:
-            names = ", ".join(known.name for known in abi.directions)
-            raise NotSupported(f"{abi} has no policies of direction {direction_name(direction)}; it has {names}")
+            raise lacking(direction, abi)
         self.direction = Direction(direction)
         self.selector = selector.canonical()
         self.abi = abi
@@ -473,6 +472,8 @@ def image_text(image: Image | None) -> str:
     return f"{text}, priority {image.priority}{clear}"
 
 
-def direction_name(direction: int) -> str:
-    """Its name, or the number of one that has none."""
-    return Direction(direction).name if direction in Direction.__members__.values() else str(direction)
+def lacking(direction: int, abi: Abi) -> NotSupported:
+    """What to raise for a direction that the system does not have."""
+    name = Direction(direction).name if direction in Direction.__members__.values() else str(direction)
+    names = ", ".join(known.name for known in abi.directions)
+    return NotSupported(f"{abi} has no policies of direction {name}; it has {names}")

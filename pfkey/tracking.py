@@ -337,16 +337,12 @@ class Tracking:
             interrupt: KeyboardInterrupt | None = None
             while True:
                 try:
-                    self._end(transaction)
+                    self._release(transaction)
                     break
                 except KeyboardInterrupt as error:
                     interrupt = error
             if interrupt is not None:
                 raise interrupt
-
-    def _end(self, transaction: Transaction) -> None:
-        transaction.over = True
-        self._release(transaction)
 
     def _release(self, held: Iterable[TrackedPolicy]) -> None:
         """Let go of all; nobody else looks before it is done, so that it may be begun again when it was interrupted."""

@@ -22,9 +22,9 @@ __all__ = [
     "change_of",
     "check",
     "close_error",
+    "expect",
     "let_linger",
     "lingers_until",
-    "mistaken",
     "say_outcome",
     "shift",
     "state_text",
@@ -38,12 +38,13 @@ _LINGERING = Change(avoided=(MessageType.SPDDELETE,), reason=LINGERS)
 POSTPONED = Change(reason="part of a transaction: what is sent is decided at its end")
 
 
-def mistaken(selector: object, *assignments: object) -> TypeError:
-    """What to raise when one of these is something else.  None above all: it is no assignment, nor the end of one."""
+def expect(selector: object, *assignments: object) -> None:
+    """TypeError when one of these is something else.  None above all: it is no assignment, nor the end of one."""
     if not isinstance(selector, Selector):
-        return TypeError(f"a policy is named by a Selector, not by {selector!r}")
-    other = next(one for one in assignments if not isinstance(one, Assignment))
-    return TypeError(f"a policy is used by an Assignment, not by {other!r}")
+        raise TypeError(f"a policy is named by a Selector, not by {selector!r}")
+    for one in assignments:
+        if not isinstance(one, Assignment):
+            raise TypeError(f"a policy is used by an Assignment, not by {one!r}")
 
 
 def check(book: Book, tracked: TrackedPolicy, assignment: Assignment) -> None:
@@ -159,7 +160,6 @@ class Transaction:
         self._log: list[tuple[TrackedPolicy, int, bool]] = []
         """What was touched in turn: how many steps it had taken before, and whether something had been added to it."""
         self._changes: list[tuple[TrackedPolicy, Change]] = []
-        self.over = False
         self.not_swept: PFKeyError | OSError | None = None
         """Why what nobody wants could not be looked for; what is wanted is installed all the same."""
 
@@ -303,8 +303,7 @@ def tunnel_calls(
     Inbound first, so that nothing arrives unexpected; when it goes, outbound first.
     """
     given = [one for ways in (old, new) if ways for at, one in enumerate(ways) if not at or one is not None]
-    if not isinstance(selector, Selector) or not all(isinstance(one, Assignment) for one in given):
-        raise mistaken(selector, *given)
+    expect(selector, *given)
     directions = sorted(abi.directions, key=lambda way: way is Direction.OUT)
     if new is None:
         directions.reverse()

@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from ipaddress import ip_address
 from typing import Any
 
-from pfkey import Action, Direction, Message, MessageType, Policy, Selector, Template, decode, encode
+import pytest
+
+from pfkey import (
+    Action,
+    Direction,
+    Lifetime,
+    Message,
+    MessageType,
+    Mode,
+    Policy,
+    SAProtocol,
+    SecurityAssociation,
+    Selector,
+    Template,
+    decode,
+    encode,
+)
 from pfkey.embedded import EmbeddedChannel, EmbeddedKernel, Profile
-from pfkey.typed import policy_message
+from pfkey.typed import association_message, policy_message
 
 LINUX = ["linux", "linux-6.12", "linux-smp"]
 FREEBSD = ["freebsd-12", "freebsd-13", "freebsd-14"]
@@ -22,6 +40,16 @@ OUT, IN = Direction.OUT, Direction.IN
 SITE = Selector("10.1.0.0/16", "10.2.0.0/16")
 TUNNEL = Template.tunnel("192.0.2.1", "198.51.100.1", reqid=7)
 PACKET = ("10.1.0.1", "10.2.0.1")
+SA = SecurityAssociation(
+    ip_address("192.0.2.1"),
+    ip_address("198.51.100.1"),
+    0x1000,
+    SAProtocol.ESP,
+    Mode.TUNNEL,
+    reqid=7,
+    encryption="aes-cbc",
+    encryption_key=bytes(16),
+)
 
 
 def discard(selector: Selector = SITE, priority: int = 5, direction: Direction = OUT) -> Policy:
@@ -87,3 +115,28 @@ class Client:
     def actions(self, direction: Direction = OUT) -> list[tuple[str, Action | int]]:
         """What stands in the SPD, in match order: sources and actions."""
         return [(str(policy.selector.source), policy.action) for policy in self.kernel.policies(direction)]
+
+
+def only(*profiles: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("client", profiles, indirect=True)
+
+
+def registered(client: Client) -> EmbeddedChannel:
+    channel = client.kernel.connect()
+    client.send(client.build(MessageType.REGISTER, satype=3), channel)
+    client.received(channel)
+    return channel
+
+
+def add(client: Client, sa: SecurityAssociation = SA) -> None:
+    client.received()
+    client.send(association_message(MessageType.ADD, sa, client.abi).replace(seq=4000, pid=99))
+    assert client.error(client.received()[0]) == ""
+
+
+def limited(hard: Lifetime, soft: Lifetime) -> SecurityAssociation:
+    return replace(SA, lifetime_hard=hard, lifetime_soft=soft)
+
+
+def verdict(client: Client, direction: Direction = OUT, packet: tuple[str, str] = PACKET) -> str:
+    return client.kernel.packet(direction, *packet).verdict.value

@@ -345,3 +345,46 @@ def test_linux_what_cannot_be_read_is_guarded() -> None:
     rig.tracker.add(OUT, HTTPS, strong(2000))
     rig.fault(MessageType.SPDDUMP, rejects("ENOMEM"))
     assert rig.tracker.replace(OUT, HTTPS, strong(2000), strong(1000)).guard == GUARDED
+
+
+# What a probe sees of an update, and that it would see more.
+
+
+def test_the_probe_sees_no_bare_step_where_the_update_is_atomic() -> None:
+    rig = Rig("linux")
+    rig.tracker.add(OUT, SITE, ESP)
+    with rig.embedded.probe(OUT, "10.1.0.1", "10.2.0.1") as probe:
+        rig.tracker.add(OUT, SITE, MOVED)
+        rig.tracker.remove(OUT, SITE, MOVED)
+    assert probe.steps > 0
+    assert probe.bare == 0
+
+
+@pytest.mark.parametrize("profile", ["freebsd-12", "freebsd-13"])
+def test_the_probe_sees_no_bare_step_where_a_guard_stands(profile: str) -> None:
+    rig = Rig(profile)
+    rig.tracker.add(OUT, SITE, ESP)
+    with rig.embedded.probe(OUT, "10.1.0.1", "10.2.0.1") as probe:
+        rig.tracker.add(OUT, SITE, MOVED)
+    assert probe.bare == 0
+
+
+@pytest.mark.parametrize("profile", ["freebsd-12", "freebsd-13"])
+def test_control_a_bare_update_shows_the_window(profile: str) -> None:
+    """The same without the guard: the probe sees what the kernel does."""
+    rig = Rig(profile, guard="bare")
+    rig.tracker.add(OUT, SITE, ESP)
+    with rig.embedded.probe(OUT, "10.1.0.1", "10.2.0.1") as probe:
+        assert rig.tracker.add(OUT, SITE, MOVED).guard == ()
+    assert probe.bare == 1
+
+
+@pytest.mark.parametrize("profile", ALL)
+def test_control_delete_then_add_is_seen_to_be_bare(profile: str) -> None:
+    """The detector works: what this package never does shows as a step without a policy."""
+    rig = Rig(profile)
+    policy = rig.other.add_policy(Policy(OUT, SITE, Action.DISCARD))
+    with rig.embedded.probe(OUT, "10.1.0.1", "10.2.0.1") as probe:
+        rig.other.delete_policy(policy)
+        rig.other.add_policy(Policy(OUT, SITE, Action.DISCARD))
+    assert probe.bare >= 1

@@ -412,3 +412,23 @@ def test_taking_over_what_is_right_already_does_not_say_that_it_differed(profile
     change = rig.tracker.add(OUT, SITE, ESP)
     assert change.sent == (UPD,)
     assert change.reason.startswith("it is what the assignment on top asks for, and the update puts our tag on it (")
+
+
+@pytest.mark.parametrize("profile", ["linux", "freebsd-13"])
+@pytest.mark.parametrize("is_known", [False, True])
+def test_what_comes_and_goes_in_one_transaction_leaves_a_former_life_alone(profile: str, is_known: bool) -> None:
+    rig = Rig(profile, owner="me")
+    rig.tracker.add(OUT, SITE, ESP)
+    tracker = rig.restart(owner="me")
+    if is_known:
+        tracker.resync()
+    rig.channel.sent.clear()
+    with tracker.transaction():
+        tracker.add(OUT, SITE, ESP)
+        tracker.remove(OUT, SITE, ESP)
+    tracker.resync()
+    assert not {ADD, UPD, DEL} & set(rig.channel.types())
+    assert len(rig.embedded.policies()) == 1
+    with tracker.transaction(sweep=True):
+        pass
+    assert rig.embedded.policies() == []

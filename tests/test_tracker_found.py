@@ -489,23 +489,3 @@ def test_a_policy_of_a_former_life_stays_when_a_guard_of_its_refused_update_does
         play.transaction([Change("add", 0, 0, 0)], raises=None, sweep=False)
         play.settle()
         assert len(play.world.embedded.policies()) == 1
-
-
-@pytest.mark.parametrize("profile", ["linux", "freebsd-13"])
-@pytest.mark.parametrize("is_known", [False, True])
-def test_what_comes_and_goes_in_one_transaction_leaves_a_former_life_alone(profile: str, is_known: bool) -> None:
-    rig = Rig(profile, owner="me")
-    rig.tracker.add(OUT, SITE, X)
-    tracker = rig.restart(owner="me")
-    if is_known:
-        tracker.resync()
-    rig.channel.sent.clear()
-    with tracker.transaction():
-        tracker.add(OUT, SITE, X)
-        tracker.remove(OUT, SITE, X)
-    tracker.resync()
-    assert not {ADD, UPD, DEL} & set(rig.channel.types())
-    assert len(rig.embedded.policies()) == 1
-    with tracker.transaction(sweep=True):
-        pass
-    assert rig.embedded.policies() == []
