@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
 import pytest
@@ -451,3 +451,33 @@ def test_the_end_of_lingering_does_not_wait_for_a_transaction_that_comes_for_wha
     assert [len(rig.entries(direction)) for direction in (IN, OUT)] == [1, 1]
     rig.tracker.close()
     rig.agrees()
+
+
+def test_a_thread_is_not_in_the_transaction_of_another_that_had_its_number() -> None:
+    """One ends with its transaction open; the system gives its number to the next."""
+    rig, kept, numbers, changes = Rig("linux"), [], [], []
+
+    def leaves_it_open() -> None:
+        def within() -> Iterator[None]:
+            with rig.tracker.transaction():
+                yield
+
+        kept.append(within())
+        next(kept[0])
+        numbers.append(threading.get_ident())
+
+    def adds() -> None:
+        if threading.get_ident() == numbers[0]:
+            changes.append(rig.tracker.add(OUT, SITE, ESP))
+
+    for work in (leaves_it_open, *[adds] * 50):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        if changes:
+            break
+    else:
+        pytest.skip("no thread here got the number of one that had ended")
+    assert changes[0].sent == (ADD,)
+    kept[0].close()
+    assert rig.held(SITE) is not None
